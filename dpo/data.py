@@ -1,0 +1,349 @@
+"""A preference dataset becomes rows of token ids: prompt, chosen, rejected.
+
+check_row says what is wrong with a row, render_row turns conversations into text, tokenize_row turns text into ids,
+and prepare_dataset does all of that to a whole dataset (sources.py opens it).
+"""
+
+import json
+import logging
+import os
+
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from jinja2.exceptions import TemplateError
+
+logger = logging.getLogger(__name__)
+
+
+# --------------------------------------------------------------------------------------------------------- checking it
+
+
+def check_row(row: dict) -> str | None:
+    """What is wrong with a row, in words that name the column; None for a good row."""
+    for column in ("chosen", "rejected"):
+        if column not in row:
+            return f"column {column!r} is missing; the row has {', '.join(map(repr, row))}"
+    for column in ("prompt", "chosen", "rejected"):
+        value = row.get(column)
+        if value is None and column == "prompt":
+            continue
+        if isinstance(value, list):
+            for number, message in enumerate(value, start=1):
+                problem = _check_message(message)
+                if problem:
+                    return f"column {column!r}, message {number} {problem}"
+            if not value and column != "prompt":
+                return f"column {column!r} is an empty list of messages"
+        elif not isinstance(value, str):
+            return f"column {column!r} is {type(value).__name__}: it must be text or a list of messages"
+        elif not value.strip() and column != "prompt":
+            return f"column {column!r} is empty"
+    if isinstance(row["chosen"], list) != isinstance(row["rejected"], list):
+        return "columns 'chosen' and 'rejected' differ in kind: both must be text, or both lists of messages"
+    if isinstance(row.get("prompt"), list) and isinstance(row["chosen"], str):
+        return "column 'prompt' is a list of messages but 'chosen' is text: make both the same kind"
+    if row["chosen"] == row["rejected"]:
+        return "columns 'chosen' and 'rejected' are equal: there is no preference to learn"
+    return None
+
+
+def _check_message(message) -> str | None:
+    if not isinstance(message, dict):
+        return f"is {type(message).__name__}: it must be an object with role and content"
+    if not isinstance(message.get("role"), str):
+        return "has no 'role'"
+    content = message.get("content")
+    if content is None and not message.get("tool_calls"):
+        return "has no 'content'"
+    if content is not None and not isinstance(content, str):
+        return f"has a 'content' that is {type(content).__name__}: it must be text"
+    if message["role"] == "assistant" and not (content or "").strip() and not message.get("tool_calls"):
+        return "is empty"
+    return None
+
+
+# ------------------------------------------------------------------------------------------- from conversation to text
+
+
+def split_prompt(row: dict) -> dict:
+    """Gives prompt, chosen and rejected apart, whether or not the row has a prompt column.
+
+    An implicit prompt is the shared start of chosen and rejected: their first equal messages, or in text all up to the
+    last "\\n\\nAssistant:" in it (Anthropic's HH format), or else up to the last space before they part.
+    """
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if isinstance(chosen, str):
+        if prompt is None:
+            prompt = os.path.commonprefix([chosen, rejected])
+            turn = prompt.rfind("\n\nAssistant:")
+            # The space stays with the completion, as byte-pair vocabularies have it; a word is never cut in two.
+            cut = turn + len("\n\nAssistant:") if turn >= 0 else max(prompt.rfind(" "), prompt.rfind("\n"), 0)
+            prompt, chosen, rejected = prompt[:cut], chosen[cut:], rejected[cut:]
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    chosen, rejected = _without_nulls(chosen), _without_nulls(rejected)
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
+    )
+    if isinstance(prompt, list):
+        prompt = _without_nulls(prompt)
+        shared = len(prompt) if chosen[: len(prompt)] == rejected[: len(prompt)] == prompt else 0
+    elif shared == 0:
+        prompt = [{"role": "user", "content": prompt}] if prompt else []
+    if shared:  # the conversations repeat their prompt; a prompt column that is text repeats it once more
+        prompt = chosen[:shared]
+    return {"prompt": prompt, "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+def _without_nulls(messages: list[dict]) -> list[dict]:
+    """Drops the keys that a column of a datasets table fills with None; chat templates ask whether a key is there."""
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def render_row(row: dict, processing_class) -> dict:
+    """Row to text: {"prompt", "chosen", "rejected", "templated", "unstable"}.
+
+    Conversations go through the chat template: the prompt with its generation prompt, and each completion as what the
+    whole conversation has beyond that. A template that renders the whole otherwise than it began (`unstable`) is split
+    where the three renderings part. `tools` may be a list of JSON schemas or their JSON text.
+    """
+    row = {**row, **split_prompt(row)}
+    if isinstance(row["chosen"], str):
+        return {key: row[key] for key in ("prompt", "chosen", "rejected")} | {"templated": False, "unstable": False}
+    tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) and row["tools"] else row.get("tools") or None
+
+    def render(messages: list[dict], **options) -> str:
+        return (
+            processing_class.apply_chat_template(messages, tools=tools, tokenize=False, **options) if messages else ""
+        )
+
+    ask = bool(row["prompt"]) and row["prompt"][-1]["role"] != "assistant"
+    prompt = render(row["prompt"], add_generation_prompt=ask)
+    chosen, rejected = render(row["prompt"] + row["chosen"]), render(row["prompt"] + row["rejected"])
+    start = os.path.commonprefix([prompt, chosen, rejected])
+    return {
+        "prompt": start,
+        "chosen": chosen[len(start) :],
+        "rejected": rejected[len(start) :],
+        "templated": True,
+        "unstable": start != prompt,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- from text to ids
+
+
+def tokenize_row(
+    features: dict[str, str],
+    processing_class,
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
+    add_special_tokens: bool = False,
+    *,
+    max_length: int | None = None,
+    truncation_mode: str = "keep_end",
+    prepend_bos: bool = False,
+) -> dict[str, list[int]]:
+    """Text to token ids: {"prompt_input_ids", "chosen_input_ids", "rejected_input_ids"}.
+
+    Prompt and completions are tokenised apart, as they meet at inference: the model gets the prompt's own tokens and
+    goes on from there. A completion ends with exactly one end-of-sequence token; one that is cut has none.
+
+    Args:
+        features: prompt, chosen and rejected, each text.
+        processing_class: a tokenizer, or a processor that has one.
+        max_prompt_length, max_completion_length, max_length, truncation_mode: see `truncate_row`.
+        add_special_tokens: put BOS before and EOS after the prompt, as encoder-decoder models want it.
+        prepend_bos: put BOS before the prompt if it does not begin with it.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    prompt = tokenizer(features["prompt"], add_special_tokens=False)["input_ids"]
+    if (add_special_tokens or prepend_bos) and bos is not None and prompt[:1] != [bos]:
+        prompt = [bos] + prompt
+    if add_special_tokens and eos is not None:
+        prompt = prompt + [eos]
+    completions = [_completion_ids(features[key], tokenizer) for key in ("chosen", "rejected")]
+    ids = {"prompt_input_ids": prompt, "chosen_input_ids": completions[0], "rejected_input_ids": completions[1]}
+    return truncate_row(
+        ids,
+        bos_token_id=bos,
+        max_prompt_length=max_prompt_length,
+        max_completion_length=max_completion_length,
+        max_length=max_length,
+        truncation_mode=truncation_mode,
+    )
+
+
+def truncate_row(
+    ids: dict[str, list[int]],
+    *,
+    bos_token_id: int | None = None,
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
+    max_length: int | None = None,
+    truncation_mode: str = "keep_end",
+) -> dict[str, list[int]]:
+    """Cuts a tokenised row to its limits, all in tokens, None for no limit; before any padding.
+
+    Args:
+        max_prompt_length: a longer prompt loses its start (truncation_mode "keep_end") or its end ("keep_start"); a
+            begin-of-sequence token in front stays.
+        max_completion_length: a longer completion loses its end, its end-of-sequence token with it.
+        max_length: of prompt and completion together. "keep_end" takes the excess of the longer completion off the
+            prompt's start (both completions keep the same prompt, of at least one token); what is then still too long,
+            and all with "keep_start", comes off the completion's end, even if nothing of it is left.
+    """
+    prompt = ids["prompt_input_ids"]
+    completions = [ids[key][:max_completion_length] for key in ("chosen_input_ids", "rejected_input_ids")]
+    room = len(prompt) if max_prompt_length is None else min(len(prompt), max_prompt_length)
+    if max_length is not None and truncation_mode == "keep_end":
+        room = min(room, max(1, max_length - max(map(len, completions))))
+    if len(prompt) > room:
+        head = prompt[:1] if room > 1 and prompt[0] == bos_token_id else []
+        kept = room - len(head)
+        prompt = head + (prompt[-kept:] if truncation_mode == "keep_end" else prompt[len(head) : room])
+    if max_length is not None:
+        completions = [completion[: max(0, max_length - len(prompt))] for completion in completions]
+    return {"prompt_input_ids": prompt, "chosen_input_ids": completions[0], "rejected_input_ids": completions[1]}
+
+
+def _completion_ids(text: str, tokenizer) -> list[int]:
+    eos = tokenizer.eos_token
+    if eos is not None and text.rstrip().endswith(eos):
+        text = text.rstrip()  # a chat template's newline after the end of the turn is never generated
+    ids = _continuation_ids(text, tokenizer)
+    return ids if eos is None or ids[-1:] == [tokenizer.eos_token_id] else ids + [tokenizer.eos_token_id]
+
+
+def _continuation_ids(text: str, tokenizer) -> list[int]:
+    """Tokens of text that continues other text. SentencePiece tokenizers put a space before whatever they are given;
+    behind an anchor, whose own tokens are then taken off, they do not."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if tokenizer.tokenize("a")[0].startswith("▁"):
+        anchor = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        anchored = tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
+        if anchored[: len(anchor)] == anchor:
+            return anchored[len(anchor) :]
+    return ids
+
+
+# ---------------------------------------------------------------------------------------------------- a whole dataset
+
+
+PREPARED = Features(
+    {f"{part}_input_ids": List(Value("int64")) for part in ("prompt", "chosen", "rejected")}
+    | {"length": Value("int64"), "problem": Value("string")}
+    | {flag: Value("bool") for flag in ("lost", "truncated", "unstable", "boundary")}
+)
+
+
+def _prepare_row(row: dict, *, processing_class, prepend_bos: bool, **limits) -> dict:
+    """One row to token ids and what there is to say about it; problems are returned, since a worker process that
+    raises would lose the row's number and the words."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    result = dict.fromkeys(("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"), [])
+    result |= {"length": 0, "problem": "", "lost": False, "truncated": False, "unstable": False, "boundary": False}
+    problem = check_row(row)
+    if problem:
+        return result | {"problem": problem}
+    try:
+        text = render_row(row, processing_class)
+    except (TemplateError, json.JSONDecodeError) as error:
+        column = "tools" if isinstance(error, json.JSONDecodeError) else "prompt"
+        return result | {"problem": f"column {column!r} does not fit the chat template: {error}"}
+    for column in ("chosen", "rejected"):
+        if not text[column].strip():
+            return result | {"problem": f"column {column!r} is empty after the shared prompt"}
+
+    ids = tokenize_row(text, processing_class, prepend_bos=prepend_bos and not text["templated"])
+    if not ids["prompt_input_ids"]:
+        if tokenizer.bos_token_id is None:
+            return result | {"problem": "there is no prompt and the tokenizer has no BOS token to start from"}
+        ids["prompt_input_ids"] = [tokenizer.bos_token_id]
+    bos = 1 if prepend_bos and not text["templated"] else 0
+    apart = ids["prompt_input_ids"][bos:] + ids["chosen_input_ids"]
+    joint = tokenizer(text["prompt"] + text["chosen"].rstrip(), add_special_tokens=False)["input_ids"]
+    cut = truncate_row(ids, bos_token_id=tokenizer.bos_token_id, **limits)
+    longest = max(len(cut["chosen_input_ids"]), len(cut["rejected_input_ids"]))
+    return {
+        **result,
+        **cut,
+        "length": len(cut["prompt_input_ids"]) + longest,
+        "lost": not (cut["chosen_input_ids"] and cut["rejected_input_ids"]),
+        "truncated": cut != ids,
+        "unstable": text["unstable"],
+        "boundary": apart[: len(joint)] != joint,
+    }
+
+
+def prepare_dataset(
+    parts: dict[str, Dataset],
+    processing_class,
+    *,
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
+    max_length: int | None = None,
+    truncation_mode: str = "keep_end",
+    skip_bad_rows: bool = False,
+    num_proc: int | None = None,
+) -> Dataset:
+    """Checks, renders and tokenises every row; named datasets become one dataset of token ids.
+
+    Returns: a Dataset with prompt_input_ids, chosen_input_ids, rejected_input_ids and length (tokens of the prompt and
+    the longer completion). Other columns are left out.
+    Raises: ValueError that names part, row (counting from 1) and column of the first bad row, unless skip_bad_rows;
+    ValueError when no row is left. Rows left out, and what else is worth knowing, are counted and logged.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    options = {
+        "processing_class": processing_class,
+        "prepend_bos": tokenizer.bos_token_id is not None
+        and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id],
+        "max_prompt_length": max_prompt_length,
+        "max_completion_length": max_completion_length,
+        "max_length": max_length,
+        "truncation_mode": truncation_mode,
+    }
+    prepared = []
+    for name, rows in parts.items():
+        missing = {"chosen", "rejected"} - set(rows.column_names)
+        if missing:
+            raise ValueError(
+                f"{name}: column {min(missing)!r} is missing; it has {', '.join(map(repr, rows.column_names))}"
+            )
+        if len(rows) == 0:
+            raise ValueError(f"{name} has no rows: it must hold at least one preference pair")
+        conversational = isinstance(rows[0]["chosen"], list)
+        if conversational and getattr(processing_class, "chat_template", None) is None:
+            raise ValueError(
+                f"{name} holds conversations but the tokenizer {tokenizer.name_or_path!r} has no chat template: "
+                "take a model made for chat, or save its tokenizer with a chat_template"
+            )
+        rows = rows.map(
+            _prepare_row,
+            fn_kwargs=options,
+            remove_columns=rows.column_names,
+            features=PREPARED,
+            num_proc=num_proc,
+            desc=f"Tokenizing {name}",
+        )
+        for number, problem in enumerate(rows["problem"], start=1):
+            if problem and not skip_bad_rows:
+                raise ValueError(f"{name}, row {number}: {problem} (skip_bad_rows leaves such rows out)")
+        prepared.append(rows)
+    rows = concatenate_datasets(prepared)
+
+    bad = sum(bool(problem) for problem in rows["problem"])
+    for count, what in (
+        (bad, "left out as bad rows (skip_bad_rows)"),
+        (sum(rows["lost"]), "left out: truncation would leave nothing of a completion (raise max_length)"),
+        (sum(rows["truncated"]), "truncated to max_prompt_length, max_completion_length or max_length"),
+        (sum(rows["unstable"]), "rendered by a chat template that is not prefix-stable: split at the common start"),
+        (sum(rows["boundary"]), "have other tokens at the prompt's end when tokenised in one piece: kept apart"),
+    ):
+        if count:
+            logger.warning("%d of %d rows of %s %s", count, len(rows), ", ".join(parts), what)
+    keep = [i for i, problem in enumerate(rows["problem"]) if not problem and not rows[i]["lost"]]
+    if not keep:
+        raise ValueError(f"{', '.join(parts)}: no row is left after leaving out bad and over-long rows (see above)")
+    columns = ["prompt_input_ids", "chosen_input_ids", "rejected_input_ids", "length"]
+    return rows.select(keep).select_columns(columns) if len(keep) < len(rows) else rows.select_columns(columns)

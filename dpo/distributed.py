@@ -1,0 +1,106 @@
+"""One process or many: torchrun's variables become a World, and the loop's few collectives work on both."""
+
+import datetime
+import os
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+class World(NamedTuple):
+    """Which process this is (rank of size), and the device that it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+def setup(*, use_cpu: bool = False, backend: str | None = None, timeout: int = 1800) -> World:
+    """Joins the other processes that torchrun started, if any. Without torchrun: a world of one."""
+    size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    gpu = torch.cuda.is_available() and not use_cpu
+    device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    if size > 1 and not dist.is_initialized():
+        backend = backend or ("nccl" if gpu else "gloo")
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    return World(rank=int(os.environ.get("RANK", 0)), size=size, device=device)
+
+
+def parallelize(model: torch.nn.Module, world: World, *, find_unused_parameters: bool = False) -> torch.nn.Module:
+    """Spreads the policy over the processes: DDP keeps a replica in each and averages their gradients.
+
+    How a model is laid out over processes is decided here and nowhere else.
+    """
+    if world.size == 1:
+        return model
+    devices = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=find_unused_parameters)
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside `parallelize`'s wrapper."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def synchronize_gradients(model: torch.nn.Module, now: bool):
+    """Context of a backward pass: gradients are averaged over the processes in a window's last one only."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
+
+
+def sum_over_ranks(values: dict[str, float | torch.Tensor], world: World) -> dict[str, float]:
+    """Adds up each value over all processes, in float64; every process must pass the same keys in the same order."""
+    totals = torch.stack(
+        [torch.as_tensor(value, dtype=torch.float64, device=world.device) for value in values.values()]
+    )
+    if world.size > 1:
+        dist.all_reduce(totals)
+    return dict(zip(values, totals.tolist(), strict=True))
+
+
+def mean_over_ranks(sums: dict, world: World) -> dict[str, float]:
+    """Sums over pairs, with their number as "pairs", to means over all pairs of all processes. "tokens" stays a sum and
+    comes per second as well where there are "seconds"."""
+    totals = sum_over_ranks(sums, world)
+    pairs, seconds, tokens = totals.pop("pairs"), totals.pop("seconds", 0.0) / world.size, totals.pop("tokens")
+    rate = {"tokens_per_second": tokens / seconds} if seconds else {}
+    return {key: total / pairs for key, total in totals.items()} | rate | {"tokens": tokens}
+
+
+def gather_lists(values: list, world: World) -> list:
+    """The lists of all processes as one, in the order of their ranks."""
+    if world.size == 1:
+        return values
+    gathered = [None] * world.size
+    dist.all_gather_object(gathered, values)
+    return [value for part in gathered for value in part]
+
+
+def barrier(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()
+
+
+@contextmanager
+def first_process_first(world: World):
+    """The first process goes through the block before the others, which then find its files in the cache."""
+    if world.rank > 0:
+        barrier(world)
+    try:
+        yield
+    finally:
+        if world.rank == 0:
+            barrier(world)
+
+
+def is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,522 @@
+"""The training loop of Direct Preference Optimization, start to end, in plain PyTorch.
+
+Shell: `torchrun -m dpo.loop --model_name_or_path NAME --dataset_name NAME`; nothing at all runs the embedded example.
+Python: `dpo.loop.train(model, args=DPOConfig(...), train_dataset=...)`. The step is the fenced block in `train`.
+"""
+
+import dataclasses
+import logging
+import math
+import sys
+import time
+import traceback
+from collections import defaultdict
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import torch
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import EvalPrediction, get_scheduler, set_seed
+
+from dpo import checkpoint, distributed, models, report, sampling
+from dpo.collate import DataCollatorForPreference, epoch_windows, load_batches
+from dpo.config import DPOConfig, parse_args
+from dpo.data import prepare_dataset
+from dpo.distributed import World
+from dpo.logprobs import concatenated_forward
+from dpo.losses import dpo_loss
+from dpo.reference import adapter_starts_at_zero, compute_ref_log_probs, frozen_copy
+from dpo.report import create_model_card
+from dpo.sources import load_preferences
+
+logger = logging.getLogger("dpo")
+
+
+class Run(NamedTuple):
+    """What `train` returns: the trained model, its tokenizer, every metrics row, and where all of it was saved."""
+
+    model: torch.nn.Module
+    processing_class: object
+    rows: list[dict]
+    output_dir: Path
+
+
+def train(
+    model=None,
+    ref_model=None,
+    args: DPOConfig | None = None,
+    train_dataset=None,
+    eval_dataset=None,
+    processing_class=None,
+    data_collator=None,
+    peft_config=None,
+    callbacks=None,
+    optimizers=(None, None),
+    compute_metrics=None,
+    model_init=None,
+) -> Run:
+    """Trains a policy on preference pairs and leaves in args.output_dir what the README lists.
+
+    Args:
+        model: a causal language model, or its name or directory; by default args.model_name_or_path.
+        ref_model: likewise; by default the policy as it is now (a PEFT policy serves as its own reference).
+        args: the options.
+        train_dataset, eval_dataset: a datasets.Dataset, a list of dicts, a name or a path; eval_dataset may be a dict
+            of those, evaluated each under its own name. By default args.dataset_name and its test split.
+        processing_class: the tokenizer; by default the model's.
+        data_collator: rows of token ids to a batch; by default DataCollatorForPreference.
+        peft_config: a peft.PeftConfig or a dict of LoraConfig's arguments: trains an adapter.
+        callbacks: functions that get each metrics row, in the first process.
+        optimizers: (optimizer, scheduler) over the model's parameters, in place of args'.
+        compute_metrics: gets an EvalPrediction whose predictions are all pairs' (chosen rewards, rejected rewards)
+            and whose label_ids are 0, the chosen one's place; returns a dict of more evaluation metrics.
+        model_init: makes the model, in place of model.
+    """
+    args = args or DPOConfig()
+    world = distributed.setup(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout=args.ddp_timeout)
+    logger.setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
+    output_dir = Path(args.output_dir)
+    resume = checkpoint.find_checkpoint(args.resume_from_checkpoint, output_dir)
+    if resume is None and not args.overwrite_output_dir:
+        checkpoint.refuse_to_overwrite(output_dir)
+    reward = sampling.load_reward(args.sample_reward)
+    set_seed(args.seed, deterministic=args.full_determinism)
+    if args.tf32 is not None:
+        torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+
+    # ---- rows of token ids
+    model = model_init() if model_init else model or args.model_name_or_path
+    if model is None:
+        raise ValueError("there is no model: set model_name_or_path")
+    name = model if isinstance(model, str) else model.config._name_or_path or None
+    if name is None and processing_class is None:
+        raise ValueError("a model that was not loaded from a name or path needs a processing_class, its tokenizer")
+    hub = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    processing_class = processing_class or models.load_tokenizer(name, **hub)
+    train_rows, eval_sets = prepare_data(train_dataset, eval_dataset, processing_class, args=args, world=world)
+    padding_value = args.padding_value if args.padding_value is not None else processing_class.pad_token_id or 0
+    collator = data_collator or DataCollatorForPreference(pad_token_id=padding_value)
+
+    # ---- policy and reference, equal before the first step unless the caller wants it otherwise
+    has_own_reference = ref_model is not None or args.ref_model_name_or_path is not None
+    starts_equal = args.disable_dropout and not has_own_reference and not args.reference_free
+    policy, ref_model = prepare_models(model, ref_model, peft_config, args=args, world=world)
+    set_seed(args.seed + world.rank, deterministic=args.full_determinism)  # each process its own dropout
+    wrapped = distributed.parallelize(policy, world, find_unused_parameters=args.ddp_find_unused_parameters)
+    score = {"ref_model": ref_model, "args": args, "padding_value": padding_value}
+    loading = {
+        "num_workers": args.dataloader_num_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "pin_memory": world.device.type == "cuda",
+    }
+
+    # ---- steps, optimizer, learning rate
+    def plan(epoch: int):
+        return epoch_windows(
+            train_rows["length"],
+            batch_size=args.per_device_train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            world_size=world.size,
+            shuffle=args.shuffle,
+            seed=(args.seed if args.data_seed is None else args.data_seed) + epoch,
+            group_by_length=args.group_by_length,
+            drop_last=args.dataloader_drop_last,
+        )
+
+    steps_per_epoch = len(plan(0))
+    if steps_per_epoch == 0:
+        raise ValueError("dataloader_drop_last leaves no batch: the training set is smaller than one")
+    total_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    log_every, save_every = steps_of(args.logging_steps, total_steps), steps_of(args.save_steps, total_steps)
+    eval_every = steps_of(args.eval_steps, total_steps) if args.eval_steps else log_every
+    optimizer = optimizers[0] or models.make_optimizer(
+        policy,
+        name=args.optim,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+    )
+    scheduler = optimizers[1] or get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=args.warmup_steps or math.ceil(args.warmup_ratio * total_steps),
+        num_training_steps=total_steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    scaler = torch.amp.GradScaler(world.device.type, enabled=args.fp16)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+
+    # ---- where it goes on from, and where it writes
+    stateful = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+    same_run = {"rows": len(train_rows), "pairs_per_step": pairs_per_step(args, world), "steps": total_steps}
+    step, tokens_seen, best, sums = 0, 0, None, defaultdict(float)
+    if resume:
+        state, rank_state = checkpoint.load_checkpoint(resume, world, policy)
+        if state["same_run"] != same_run:
+            raise ValueError(
+                f"resume_from_checkpoint {resume}: it is of a run with {state['same_run']}, this has {same_run}"
+            )
+        for key, thing in stateful.items():
+            thing.load_state_dict(state[key])
+        step, tokens_seen, best = state["step"], state["tokens_seen"], state["best"]
+        sums.update(rank_state["sums"])
+    rows, receivers = [], []
+    if world.rank == 0:
+        if not resume:
+            checkpoint.clear_output(output_dir)
+        options = report.write_config(output_dir, {**dataclasses.asdict(args), "model_name_or_path": name})
+        rows = report.read_rows(output_dir / "metrics.jsonl", up_to_step=step)
+        trackers = report.open_trackers(args.report_to, run_name=args.run_name, output_dir=output_dir, config=options)
+        receivers = [report.row_writer(output_dir / "metrics.jsonl"), *trackers, *(callbacks or [])]
+        logger.info("%d pairs, %d steps of %d pairs", len(train_rows), total_steps, pairs_per_step(args, world))
+    bar = tqdm(total=total_steps, initial=step, desc="DPO", disable=args.disable_tqdm or world.rank > 0)
+
+    def record(row: dict) -> None:
+        rows.append(row)
+        for receive in receivers:
+            receive(row)
+
+    def evaluate_now() -> dict:
+        row = {"step": step, "epoch": step / steps_per_epoch}
+        for label, eval_rows in eval_sets.items():
+            prefix = f"eval_{label}" if label else "eval"
+            row |= evaluate(
+                policy, eval_rows, collator, **score, world=world, prefix=prefix, compute_metrics=compute_metrics
+            )
+        if args.generate_during_eval and world.rank == 0:
+            first = next(iter(eval_sets.values()))
+            with precision(args, world):
+                row |= sampling.sample_answers(
+                    policy,
+                    first.select(range(min(args.num_samples, len(first)))),
+                    collator,
+                    processing_class,
+                    ref_model=ref_model,
+                    reference_free=args.reference_free,
+                    reward=reward,
+                    max_new_tokens=args.max_new_tokens,
+                    batch_size=args.per_device_eval_batch_size,
+                    seed=args.seed,
+                    file=output_dir / "samples.jsonl",
+                )
+        record(row)
+        return row
+
+    if args.eval_on_start and step == 0:
+        evaluate_now()
+
+    policy.train()
+    while step < total_steps:
+        epoch, done = divmod(step, steps_per_epoch)
+        windows = plan(epoch)[done : done + total_steps - step]
+        batches = iter(load_batches(train_rows, windows, world.rank, collator, **loading))
+        for window in windows:
+            started, learning_rate = time.perf_counter(), scheduler.get_last_lr()[0]
+            pairs = sum(len(indices) for micro in window for indices in micro)  # of all processes
+            # ------------------------------------------------------------------------------------ the training step
+            for number, micro in enumerate(window):
+                real = len(micro[world.rank])  # 0 where the last window leaves this process nothing: it runs along
+                batch = to_device(next(batches), world.device)
+                last = number == len(window) - 1
+                with distributed.synchronize_gradients(wrapped, now=last), precision(args, world):
+                    losses, metrics = get_batch_loss_metrics(wrapped, batch, **score)
+                    # DDP averages gradients over processes: × size makes it their sum, / pairs the mean over all pairs.
+                    loss = losses[:real].sum() * world.size / pairs
+                    scaler.scale(loss).backward()
+                for key, values in metrics.items():
+                    sums[key] += values[:real].sum()
+                sums["pairs"] += real
+                if step == 0 and number == 0 and starts_equal:
+                    check_rewards_are_zero(metrics, args=args)
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            scheduler.step()
+            optimizer.zero_grad()
+            # -------------------------------------------------------------------------------------------------------
+            step += 1
+            sums["seconds"] += time.perf_counter() - started
+            bar.update()
+            is_last = step == total_steps
+
+            if step == 1 or step % log_every == 0 or is_last:
+                means = distributed.mean_over_ranks(sums, world)
+                tokens_seen += means.pop("tokens")
+                sums.clear()
+                row = {"step": step, "epoch": step / steps_per_epoch, "loss": means.pop("loss")}
+                row |= {
+                    "learning_rate": learning_rate,
+                    "grad_norm": float(grad_norm),
+                    **means,
+                    "tokens_seen": tokens_seen,
+                }
+                if not math.isfinite(row["loss"]):
+                    raise ValueError(
+                        f"the loss is {row['loss']} at step {step}: lower learning_rate, or take bf16 for fp16"
+                    )
+                record(row)
+                shown = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
+                bar.set_postfix({label: f"{row[key]:.3f}" for label, key in shown.items()})
+
+            boundary = {"no": False, "epoch": step % steps_per_epoch == 0 or is_last}
+            if boundary.get(args.eval_strategy, step % eval_every == 0 or is_last):
+                row = evaluate_now()
+                policy.train()
+                if args.load_best_model_at_end:
+                    best = checkpoint.better_of(
+                        best, row, metric=args.metric_for_best_model, greater=args.greater_is_better
+                    )
+            if boundary.get(args.save_strategy, step % save_every == 0 or is_last):
+                state = {key: thing.state_dict() for key, thing in stateful.items()}
+                state |= {"step": step, "tokens_seen": tokens_seen, "best": best, "same_run": same_run}
+                checkpoint.save_checkpoint(
+                    output_dir / f"checkpoint-{step}",
+                    world,
+                    model=policy,
+                    processing_class=processing_class,
+                    state=None if args.save_only_model else state,
+                    rank_state={"sums": {key: float(value) for key, value in sums.items()}},
+                )
+                if world.rank == 0:
+                    checkpoint.prune_checkpoints(output_dir, args.save_total_limit, best and best["step"])
+    bar.close()
+
+    # ---- what stays
+    if args.load_best_model_at_end:
+        checkpoint.load_weights(output_dir / f"checkpoint-{best['step']}", policy)
+    if world.rank == 0:
+        checkpoint.save_model(output_dir, policy, processing_class)
+        report.plot_rewards(rows, output_dir / "rewards.png")
+        told = {
+            key: getattr(args, key) for key in ("loss_type", "beta", "learning_rate", "num_train_epochs", "max_steps")
+        }
+        create_model_card(
+            output_dir,
+            model_name=name,
+            dataset_name=args.dataset_name,
+            rows=rows,
+            options=told,
+            adapter=isinstance(policy, PeftModel),
+        )
+        logger.info("Saved in %s: the model, metrics.jsonl, rewards.png, config.yaml, README.md", output_dir)
+    distributed.barrier(world)
+    return Run(policy.eval(), processing_class, rows, output_dir)
+
+
+# ------------------------------------------------------------------------------------------------- scoring and sampling
+
+
+def get_batch_loss_metrics(
+    model, batch: dict, *, args: DPOConfig, ref_model=None, padding_value: int = 0, train_eval: str = "train"
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """One batch through policy, reference and loss.
+
+    Returns: the loss of each pair, (B,), with gradient; and the metrics, each (B,) without, one value a pair, so that
+    sums over batches and processes are exact. With train_eval "eval" their names begin with eval_.
+    """
+    policy = concatenated_forward(model, batch, padding_value=padding_value)
+    reference = (None, None)
+    if not args.reference_free:
+        reference = compute_ref_log_probs(batch, policy=model, ref_model=ref_model, padding_value=padding_value)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(
+        policy["chosen_logps"],
+        policy["rejected_logps"],
+        *reference,
+        loss_type=args.loss_type,
+        beta=args.beta,
+        label_smoothing=args.label_smoothing,
+        reference_free=args.reference_free,
+        chosen_lengths=policy["chosen_lengths"],
+        rejected_lengths=policy["rejected_lengths"],
+    )
+    metrics = {
+        "loss": losses,
+        "rewards/chosen": chosen_rewards,
+        "rewards/rejected": rejected_rewards,
+        "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+        "rewards/margins": chosen_rewards - rejected_rewards,
+        "logps/chosen": policy["chosen_logps"],
+        "logps/rejected": policy["rejected_logps"],
+        "tokens": policy["tokens"],
+    }
+    prefix = "eval_" if train_eval == "eval" else ""
+    return losses, {prefix + key: value.detach() for key, value in metrics.items()}
+
+
+@torch.no_grad()
+def evaluate(
+    model,
+    dataset: datasets.Dataset,
+    collator,
+    *,
+    args: DPOConfig,
+    world: World,
+    ref_model=None,
+    padding_value: int = 0,
+    prefix: str = "eval",
+    compute_metrics=None,
+) -> dict[str, float]:
+    """The metrics of `get_batch_loss_metrics` over a whole tokenised dataset, each pair counted once whatever the batch
+    size and the number of processes; and those of compute_metrics. Keys begin with prefix."""
+    model.eval()
+    windows = epoch_windows(
+        dataset["length"],
+        batch_size=args.per_device_eval_batch_size,
+        world_size=world.size,
+        shuffle=False,
+        group_by_length=True,
+    )
+    batches = load_batches(dataset, windows, world.rank, collator, num_workers=args.dataloader_num_workers)
+    sums, rewards = defaultdict(float), []
+    for window, batch in zip(windows, batches, strict=True):
+        rows = window[0][world.rank]
+        with precision(args, world):
+            _, metrics = get_batch_loss_metrics(
+                model, to_device(batch, world.device), ref_model=ref_model, args=args, padding_value=padding_value
+            )
+        for key, values in metrics.items():
+            sums[key] += values[: len(rows)].sum()
+        sums["pairs"] += len(rows)
+        if compute_metrics:
+            pairs = torch.stack([metrics["rewards/chosen"], metrics["rewards/rejected"]], dim=1)
+            rewards += zip(rows, pairs.tolist(), strict=False)
+    result = distributed.mean_over_ranks(sums, world)
+    result.pop("tokens")
+    if compute_metrics:
+        ordered = torch.tensor([pair for _, pair in sorted(distributed.gather_lists(rewards, world))]).numpy()
+        labels = torch.zeros(len(ordered), dtype=torch.long).numpy()
+        result |= compute_metrics(EvalPrediction(predictions=(ordered[:, 0], ordered[:, 1]), label_ids=labels))
+    return {f"{prefix}_{key}": value for key, value in result.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------- preparing
+
+
+def prepare_data(train_dataset, eval_dataset, processing_class, *, args: DPOConfig, world: World):
+    """Tokenised training rows, and {label: tokenised rows} to evaluate on; the label of a single set is empty."""
+
+    def prepare(source, split: str, subset: str | None = None) -> datasets.Dataset:
+        with distributed.first_process_first(world):
+            return prepare_dataset(
+                load_preferences(source, split=split, subset=subset),
+                processing_class,
+                max_prompt_length=args.max_prompt_length,
+                max_completion_length=args.max_completion_length,
+                max_length=args.max_length,
+                truncation_mode=args.truncation_mode,
+                skip_bad_rows=args.skip_bad_rows,
+                num_proc=args.dataset_num_proc,
+            )
+
+    if train_dataset is None and args.dataset_name is None:
+        raise ValueError("there is no training set: set dataset_name")
+    train_source = args.dataset_name if train_dataset is None else train_dataset
+    train_rows = prepare(train_source, args.dataset_train_split, args.dataset_config)
+    if args.eval_strategy == "no":
+        return train_rows, {}
+    eval_dataset = args.eval_dataset_name if eval_dataset is None else eval_dataset
+    if eval_dataset is not None:
+        eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        return train_rows, {label: prepare(source, args.dataset_test_split) for label, source in eval_sets.items()}
+    if not isinstance(train_source, str) or Path(train_source).is_file():
+        raise ValueError("eval_strategy needs something to evaluate on: set eval_dataset_name, or eval_strategy to no")
+    return train_rows, {"": prepare(train_source, args.dataset_test_split, args.dataset_config)}
+
+
+def prepare_models(model, ref_model, peft_config, *, args: DPOConfig, world: World):
+    """The policy on its device, and the reference: a model, or None where there is none to load (a PEFT policy with its
+    adapter off, or reference_free)."""
+    common = {
+        "dtype": args.dtype,
+        "attn_implementation": args.attn_implementation,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    if isinstance(model, str):
+        model = models.load_model(model, **{**common, "revision": args.model_revision, **args.model_init_kwargs})
+    if args.disable_dropout:
+        models.disable_dropout(model)
+    if args.use_peft and peft_config is None:
+        peft_config = {
+            "r": args.lora_r,
+            "lora_alpha": args.lora_alpha,
+            "lora_dropout": args.lora_dropout,
+            "target_modules": args.lora_target_modules,
+            "modules_to_save": args.lora_modules_to_save,
+        }
+    if peft_config is not None:
+        model = models.add_adapter(model, peft_config)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False, **args.gradient_checkpointing_kwargs})
+    model.to(world.device)
+
+    ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
+    if args.reference_free:
+        ref_model = None
+    elif isinstance(ref_model, str):
+        ref_model = models.load_model(ref_model, **{**common, **args.ref_model_init_kwargs})
+    elif ref_model is None and not (isinstance(model, PeftModel) and adapter_starts_at_zero(model)):
+        ref_model = frozen_copy(model)
+    if ref_model is not None:
+        ref_model.to(world.device).eval().requires_grad_(False)
+    if args.torch_compile:
+        for each in (model, ref_model) if ref_model is not None else (model,):
+            options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+            each.compile(**{key: value for key, value in options.items() if value is not None})
+    return model, ref_model
+
+
+# --------------------------------------------------------------------------------------------------------- small things
+
+
+def pairs_per_step(args: DPOConfig, world: World) -> int:
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * world.size
+
+
+def steps_of(value: float, total_steps: int) -> int:
+    """An interval in steps; below 1 it is a share of all steps."""
+    return max(1, math.ceil(value * total_steps)) if value < 1 else int(value)
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def precision(args: DPOConfig, world: World):
+    """Autocast for policy and reference alike, in training and evaluation."""
+    if not (args.bf16 or args.fp16):
+        return nullcontext()
+    return torch.autocast(world.device.type, dtype=torch.bfloat16 if args.bf16 else torch.float16)
+
+
+def check_rewards_are_zero(metrics: dict[str, torch.Tensor], *, args: DPOConfig) -> None:
+    """Before the first update policy and reference are one model and every reward is 0; if not, no result is right."""
+    tolerance = 1.0 if args.bf16 or args.fp16 or args.dtype not in ("float32", "auto") else 1e-2
+    nats = float(torch.stack([metrics["rewards/chosen"], metrics["rewards/rejected"]]).abs().max()) / args.beta
+    if not nats <= tolerance:
+        raise ValueError(
+            f"policy and reference differ by {nats:.3g} nats before the first step: something random (dropout, noise), "
+            "another dtype or another kernel is at work in one of them"
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    logging.basicConfig(format="%(message)s")
+    try:
+        run = train(args=parse_args(sys.argv[1:] if argv is None else argv))
+    except ValueError as error:
+        # What this package refuses is told in a line. Any other ValueError is a bug and shows where.
+        if Path(traceback.extract_tb(error.__traceback__)[-1].filename).parent != Path(__file__).parent:
+            raise
+        sys.exit(f"error: {error}")
+    if distributed.is_first():
+        logger.info("Talk to it:  python -m dpo.chat --model_name_or_path %s", run.output_dir)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""What a run tells: metrics.jsonl, the reward graph, trackers such as TensorBoard, sampled answers, the model card."""
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import yaml
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402 (after the backend that needs no screen)
+
+
+def append_row(path: Path, row: dict) -> None:
+    """One JSON object a line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def row_writer(path: Path) -> Callable[[dict], None]:
+    return lambda row: append_row(path, row)
+
+
+def write_config(output_dir: Path, options: dict) -> dict:
+    """Writes config.yaml, which runs it again from anywhere: local paths are made absolute, resuming is left out."""
+    options = options | {"resume_from_checkpoint": None}
+    for key in ("model_name_or_path", "ref_model_name_or_path", "dataset_name", "eval_dataset_name"):
+        if isinstance(options[key], str) and Path(options[key]).exists():
+            options[key] = str(Path(options[key]).resolve())
+    (output_dir / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+    return options
+
+
+def read_rows(path: Path, *, up_to_step: int) -> list[dict]:
+    """The metrics rows of a run up to a step, which it is about to go on from; the file is cut to them."""
+    if not path.exists():
+        return []
+    rows = [row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if row["step"] <= up_to_step]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return rows
+
+
+def plot_rewards(rows: list[dict], path: Path) -> None:
+    """The reward graph: chosen, rejected and margin on the left, accuracy on the right; evaluations are dots."""
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for axes, names in ((left, ("margins", "chosen", "rejected")), (right, ("accuracies",))):
+        for name in names:
+            for prefix, style in (("", "-"), ("eval_", "o")):
+                key = f"{prefix}rewards/{name}"
+                points = [(row["step"], row[key]) for row in rows if key in row]
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, color=f"C{names.index(name)}", label=prefix + name)
+        axes.set_xlabel("optimizer step")
+        axes.legend()
+        axes.grid(alpha=0.3)
+    left.set_title("implicit rewards  β·log π/π_ref  [nats·β]")
+    left.axhline(0, color="black", linewidth=0.8)
+    right.set_title("how often the chosen completion has the higher reward")
+    right.set_ylim(0, 1.03)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def open_trackers(names: list[str] | None, *, run_name: str | None, output_dir: Path, config: dict) -> list[Callable]:
+    """Functions that send a metrics row to tensorboard, wandb or trackio, where these are installed."""
+    trackers = []
+    for name in names or []:
+        if name not in ("tensorboard", "wandb", "trackio"):
+            raise ValueError(f"report_to {name!r} is unknown: choose tensorboard, wandb or trackio")
+        try:
+            module = importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+        except ImportError as error:
+            raise ValueError(f"report_to {name} needs the package {name}: pip install {name}") from error
+        if name == "tensorboard":
+            writer = module.SummaryWriter(output_dir / "tensorboard")
+            trackers.append(lambda row, writer=writer: _write_scalars(writer, row))
+        else:
+            module.init(project="dpo", name=run_name or output_dir.name, config=config)
+            trackers.append(lambda row, module=module: module.log(row, step=row["step"]))
+    return trackers
+
+
+def _write_scalars(writer, row: dict) -> None:
+    for key, value in row.items():
+        writer.add_scalar(key, value, row["step"])
+    writer.flush()
+
+
+def create_model_card(
+    output_dir: Path,
+    *,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: str | list[str] | None = None,
+    rows: list[dict] = (),
+    options: dict | None = None,
+    adapter: bool = False,
+) -> Path:
+    """Writes README.md: what was trained from what, on what, how, and the last metrics.
+
+    Args: model_name, dataset_name, of the Hub or a path; tags beside dpo; rows, the run's metrics rows; options, those
+    worth telling; adapter, whether the directory holds a PEFT adapter.
+    """
+    tags = ["dpo", *([tags] if isinstance(tags, str) else tags or [])]
+    is_hub_name = [
+        bool(name) and name.count("/") <= 1 and not Path(name).exists() for name in (model_name, dataset_name)
+    ]
+    head = ["---", f"library_name: {'peft' if adapter else 'transformers'}"]
+    head += [f"base_model: {model_name}"] if is_hub_name[0] else []
+    head += ["datasets:", f"- {dataset_name}"] if is_hub_name[1] else []
+    head += ["tags:", *(f"- {tag}" for tag in tags), "---", ""]
+    title = f"# {output_dir.name}"
+    start = (
+        f"`{Path(model_name).name if Path(model_name).exists() else model_name}`" if model_name else "A language model"
+    )
+    pairs = (
+        f"`{Path(dataset_name).name if Path(dataset_name).exists() else dataset_name}`"
+        if dataset_name
+        else "given pairs"
+    )
+    body = [
+        title,
+        "",
+        f"Model: {start}. Preference pairs: {pairs}. Trained with Direct Preference Optimization"
+        " ([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)).",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        "",
+        f'chat = pipeline("text-generation", model="{output_dir.name}")',
+        'print(chat([{"role": "user", "content": "Hello!"}], max_new_tokens=64)[0]["generated_text"][-1]["content"])',
+        "```",
+        "",
+    ]
+    if options:
+        body += ["## Training", "", *(f"- {key}: {value}" for key, value in options.items()), ""]
+    last = {}
+    for row in rows:
+        last.update(row)
+    if last:
+        body += ["## Last metrics", "", "| metric | value |", "|---|---|"]
+        body += [f"| {key} | {value:.6g} |" for key, value in last.items()]
+    if (output_dir / "rewards.png").exists():
+        body += ["", "![rewards](rewards.png)"]
+    path = output_dir / "README.md"
+    path.write_text("\n".join([*head, *body]) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,110 @@
+"""Shared by all tests: one Hypothesis profile, a tokenizer and models made on the spot, and rows to train on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True, max_examples=100)
+settings.load_profile("fixed")
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(2)
+
+ROOT = Path(__file__).parent.parent
+WORDS = "the sky sea is was looks very quite blue green red grey warm cold dark bright today now here there".split()
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(chat_template: str | None = CHATML, bos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer that knows a few words whole; <|im_end|> ends a sequence."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([" " + " ".join(WORDS)] * 5 + WORDS, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<|pad|>", eos_token="<|im_end|>", bos_token="<s>" if bos else None
+    )
+    if bos:
+        from tokenizers.processors import TemplateProcessing
+
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+        )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def make_model(seed: int = 0, **config) -> LlamaForCausalLM:
+    """A random language model of about 60,000 parameters."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 400, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "initializer_range": 0.2, **config})).eval()
+
+
+def make_rows(count: int, *, seed: int = 0, conversational: bool = False) -> list[dict]:
+    """Pairs of different lengths in which the chosen completion says "blue" where the rejected one says "green"."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(least: int, most: int) -> str:
+        length = int(torch.randint(least, most + 1, (1,), generator=generator))
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=generator).tolist())
+
+    rows = []
+    for _ in range(count):
+        prompt, chosen, rejected = words(2, 9), " blue " + words(1, 7), " green " + words(1, 7)
+        if conversational:
+            prompt = [{"role": "user", "content": prompt}]
+            chosen, rejected = ([{"role": "assistant", "content": text.strip()}] for text in (chosen, rejected))
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory) -> Path:
+    """A tiny model with its tokenizer, saved as users have it."""
+    path = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def run(*command: str, processes: int = 0, cwd: Path | None = None, check: bool = True, env: dict | None = None):
+    """Runs a module as a user would: `python -m ...`, or `torchrun -m ...` on some processes."""
+    python = [sys.executable, "-m"]
+    launch = (
+        [*python, "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
+        if processes
+        else python
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1" if processes > 1 else "2",
+        **(env or {}),
+    }
+    done = subprocess.run([*launch, *command], cwd=cwd, capture_output=True, text=True, env=environment)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+    return done
