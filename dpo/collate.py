@@ -158,4 +158,5 @@ def load_batches(
         num_workers=num_workers,
         prefetch_factor=prefetch_factor,
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # its workers' seed would else be drawn from the numbers that dropout uses
     )

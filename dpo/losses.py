@@ -79,9 +79,9 @@ def dpo_loss(
 
     # bfloat16 holds 8 bits: −300.0 and −301.0 are the same number there. Subtract in float32 at least.
     dtype = torch.promote_types(chosen_logps.dtype, torch.float32)
-    w, l = chosen_logps.to(dtype), rejected_logps.to(dtype)  # noqa: E741 (the papers' letter)
+    w, l = chosen_logps.to(dtype), rejected_logps.to(dtype)
     if not reference_free:
-        w, l = w - ref_chosen_logps.to(dtype), l - ref_rejected_logps.to(dtype)  # noqa: E741
+        w, l = w - ref_chosen_logps.to(dtype), l - ref_rejected_logps.to(dtype)
 
     if loss_type == "sigmoid":
         losses = sigmoid_loss(w - l, beta=beta, label_smoothing=label_smoothing)

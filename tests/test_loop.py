@@ -1,0 +1,379 @@
+"""The loop as a whole: what it starts from, what cutting, stopping and resuming may not change, what it leaves."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import make_model, make_rows, make_tokenizer, run
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo.config import DPOConfig
+from dpo.loop import evaluate, get_batch_loss_metrics, train
+from dpo.models import load_model
+
+ROWS, EVAL_ROWS = make_rows(24), make_rows(7, seed=1)
+
+
+def start(output_dir: Path, model=None, rows=ROWS, eval_rows=None, peft_config=None, **options):
+    """A short run on the tiny model, every step logged."""
+    arguments = {
+        key: options.pop(key) for key in ("callbacks", "compute_metrics", "optimizers", "ref_model") if key in options
+    }
+    defaults = {
+        "learning_rate": 1e-3,
+        "num_train_epochs": 1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return train(
+        make_model() if model is None else model,
+        args=DPOConfig(output_dir=str(output_dir), **{**defaults, **options}),
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processing_class=make_tokenizer(),
+        peft_config=peft_config,
+        **arguments,
+    )
+
+
+def curve(run_or_rows, key: str = "loss") -> list[float]:
+    return [row[key] for row in getattr(run_or_rows, "rows", run_or_rows) if key in row]
+
+
+def weights(model) -> dict:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --------------------------------------------------------------------------------------------------------------- step 0
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bf16": True}, {"gradient_checkpointing": True}], ids=["float32", "bf16", "ckpt"]
+)
+@pytest.mark.parametrize("peft_config", [None, {"r": 4, "lora_dropout": 0.3}], ids=["full", "lora"])
+def test_training_starts_at_ln_2_with_rewards_of_exactly_zero(tmp_path, options, peft_config):
+    first = start(
+        tmp_path, model=make_model(attention_dropout=0.5), max_steps=1, peft_config=peft_config, **options
+    ).rows[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert first["rewards/chosen"] == first["rewards/rejected"] == first["rewards/margins"] == 0
+
+
+def test_something_random_between_policy_and_reference_is_noticed_at_once(tmp_path):
+    class Noisy(torch.nn.Module):
+        def forward(self, hidden):
+            return hidden + torch.randn_like(hidden)
+
+    model = make_model()
+    model.model.norm = torch.nn.Sequential(model.model.norm, Noisy())
+    with pytest.raises(ValueError, match="policy and reference differ by"):
+        start(tmp_path, model=model, max_steps=1)
+
+
+def test_dropout_trains_where_it_is_wanted(tmp_path):
+    run_ = start(tmp_path, model=make_model(attention_dropout=0.5), max_steps=1, disable_dropout=False)
+    assert run_.rows[0]["rewards/chosen"] != 0
+
+
+# ----------------------------------------------------------------------------------- what may not depend on the machine
+
+
+def test_eight_pairs_at_once_equal_one_pair_eight_times(tmp_path):
+    at_once = start(tmp_path / "a", per_device_train_batch_size=8)
+    in_turn = start(tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    assert len(curve(at_once)) == 3
+    for key in ("loss", "grad_norm", "rewards/margins", "logps/chosen"):
+        assert curve(in_turn, key) == pytest.approx(curve(at_once, key), abs=1e-5, rel=1e-5)
+
+
+def test_a_last_smaller_window_counts_each_of_its_pairs_once(tmp_path):
+    at_once = start(tmp_path / "a", rows=ROWS[:11], per_device_train_batch_size=8)
+    in_turn = start(tmp_path / "b", rows=ROWS[:11], per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    assert curve(in_turn, "grad_norm") == pytest.approx(curve(at_once, "grad_norm"), rel=1e-5)
+
+
+def save_inputs(folder: Path) -> list[str]:
+    """The tiny model and the rows as files, and the options that train on them."""
+    make_model().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    for name, rows in (("train", ROWS[:19]), ("test", EVAL_ROWS)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model_name_or_path", "model", "--dataset_name", "train.jsonl", "--eval_dataset_name", "test.jsonl"]
+    options += [
+        "--eval_strategy",
+        "epoch",
+        "--logging_steps",
+        "1",
+        "--learning_rate",
+        "1e-3",
+        "--num_train_epochs",
+        "2",
+    ]
+    return [*options, "--save_strategy", "no", "--use_cpu"]
+
+
+def read(output_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("adapter", [(), ("--use_peft",)], ids=["full", "lora"])
+@pytest.mark.slow
+def test_two_processes_equal_one_in_training_and_evaluation(tmp_path, adapter):
+    options = [*save_inputs(tmp_path), *adapter]  # 19 pairs: the last window has 3, one process gets 1 of them
+    run("dpo.loop", *options, "--output_dir", "one", cwd=tmp_path)
+    run("dpo.loop", *options, "--output_dir", "two", "--per_device_train_batch_size", "4", processes=2, cwd=tmp_path)
+    one, two = read(tmp_path / "one"), read(tmp_path / "two")
+    assert len(one) == len(two) == 6 + 2
+    for key in ("loss", "grad_norm", "rewards/chosen", "eval_loss", "eval_rewards/margins", "eval_rewards/accuracies"):
+        assert curve(two, key) == pytest.approx(curve(one, key), abs=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------- stopping, going on
+
+
+@pytest.mark.parametrize("peft_config", [None, {"r": 4, "lora_dropout": 0.2}], ids=["full", "lora"])
+def test_resuming_ends_in_bit_identical_weights_and_the_same_metrics(tmp_path, peft_config):
+    options = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 5}
+    options |= {"peft_config": peft_config, "gradient_accumulation_steps": 2, "logging_steps": 3, "warmup_ratio": 0.3}
+    whole = start(tmp_path / "whole", **options)
+
+    class Stop(Exception):
+        pass
+
+    def stop(row):
+        if row["step"] == 6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        start(tmp_path / "cut", callbacks=[stop], **options)
+    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-5"]
+    resumed = start(tmp_path / "cut", resume_from_checkpoint="true", **options)
+    assert same(weights(whole.model), weights(resumed.model))
+    assert curve(resumed) == curve(whole)
+    assert curve(resumed, "step") == [1, 3, 6]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 3, 6]  # the row of step 6 that the stopped run left is not there twice
+
+
+def test_a_reference_is_never_rebuilt_from_the_policys_checkpoint(tmp_path):
+    options = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
+    whole = start(tmp_path, **options)
+    again = start(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-3"), **options)
+    assert curve(again, "rewards/margins")[3:] == curve(whole, "rewards/margins")[3:]
+    assert curve(again, "rewards/margins")[3] != 0
+
+
+def test_resuming_another_run_is_refused(tmp_path):
+    start(tmp_path, save_strategy="steps")
+    with pytest.raises(ValueError, match="resume_from_checkpoint .*'rows': 24"):
+        start(tmp_path, rows=ROWS[:20], resume_from_checkpoint="true")
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        start(tmp_path / "none", resume_from_checkpoint="true")
+    with pytest.raises(ValueError, match="there is no directory"):
+        start(tmp_path / "none", resume_from_checkpoint="nowhere")
+
+
+def test_an_earlier_run_is_not_overwritten_unless_asked_for(tmp_path):
+    start(tmp_path, max_steps=1, save_strategy="steps")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match="holds a run"):
+        start(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match="column 'chosen'"):  # bad input comes before anything is deleted
+        start(tmp_path, rows=[{"prompt": "a", "rejected": "b"}], overwrite_output_dir=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    start(tmp_path, max_steps=2, overwrite_output_dir=True)
+    assert not list(tmp_path.glob("checkpoint-*")) and len(read(tmp_path)) == 2
+
+
+# ------------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_a_run_leaves_all_that_design_promises(tmp_path, model_dir):
+    rows = start(tmp_path / "out", model=str(model_dir), eval_rows=EVAL_ROWS, eval_strategy="epoch").rows
+    out = tmp_path / "out"
+    assert rows == read(out)
+    keys = "step epoch loss learning_rate grad_norm rewards/chosen rewards/rejected rewards/accuracies rewards/margins"
+    assert set(rows[0]) == {*keys.split(), "logps/chosen", "logps/rejected", "tokens_per_second", "tokens_seen"}
+    metrics = "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins logps/chosen logps/rejected"
+    assert set(rows[-1]) == {"step", "epoch", *(f"eval_{key}" for key in metrics.split())}
+    assert (out / "rewards.png").read_bytes()[:4] == b"\x89PNG"
+    assert yaml.safe_load((out / "config.yaml").read_text())["model_name_or_path"] == str(model_dir)
+    assert "tags:\n- dpo" in (out / "README.md").read_text() and "Rafailov" in (out / "README.md").read_text()
+    assert AutoModelForCausalLM.from_pretrained(out) and AutoTokenizer.from_pretrained(out).chat_template
+
+
+def test_the_saved_model_is_the_trained_one(tmp_path):
+    trained = start(tmp_path).model
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    assert same(weights(trained), weights(saved))
+    assert not same(weights(trained), weights(make_model()))
+
+
+def test_an_adapter_is_saved_alone_and_trains_on_from_there(tmp_path, model_dir):
+    run_ = start(tmp_path / "first", model=str(model_dir), use_peft=True, lora_r=4, learning_rate=1e-2)
+    assert (tmp_path / "first" / "adapter_model.safetensors").exists()
+    assert not (tmp_path / "first" / "model.safetensors").exists()
+    loaded = load_model(str(tmp_path / "first"))
+    prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    assert torch.equal(loaded.eval()(**prompt).logits, run_.model(**prompt).logits)
+    # Its second training starts from its first's end: that is the reference, not the bare base model.
+    second = start(tmp_path / "second", model=str(tmp_path / "first"), max_steps=1)
+    assert second.rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert second.rows[0]["logps/chosen"] != run_.rows[0]["logps/chosen"]
+
+
+def test_the_run_learns_the_preference(tmp_path):
+    rows = start(tmp_path, rows=make_rows(96), num_train_epochs=3, learning_rate=5e-3, eval_rows=EVAL_ROWS, eval_strategy="epoch").rows
+    assert rows[-1]["eval_rewards/accuracies"] == 1.0
+    assert rows[-1]["eval_rewards/margins"] > 1 and rows[-1]["eval_loss"] < 0.4
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_counts_each_pair_once_whatever_the_batch_size(tmp_path):
+    results = []
+    for size in (1, 3, 7):
+        options = {"eval_strategy": "epoch", "per_device_eval_batch_size": size, "eval_rows": EVAL_ROWS}
+        results.append(start(tmp_path / str(size), **options).rows[-1])
+    for key in results[0]:
+        assert results[1][key] == pytest.approx(results[0][key], abs=1e-5)
+        assert results[2][key] == pytest.approx(results[0][key], abs=1e-5)
+
+
+def test_evaluation_leaves_training_untouched(tmp_path):
+    plain = start(tmp_path / "a", rows=ROWS)
+    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "generate_during_eval": True}
+    watched = start(tmp_path / "b", eval_rows=EVAL_ROWS, num_samples=2, max_new_tokens=4, **options)
+    assert same(weights(plain.model), weights(watched.model))
+    assert [row["step"] for row in watched.rows if "eval_loss" in row] == [0, 1, 2, 3]
+
+
+def test_several_evaluation_sets_are_reported_under_their_names(tmp_path):
+    sets = {"near": EVAL_ROWS, "far": make_rows(3, seed=2)}
+    row = start(tmp_path, eval_rows=sets, eval_strategy="epoch").rows[-1]
+    assert {"eval_near_loss", "eval_far_loss", "eval_far_rewards/margins"} <= set(row)
+    assert row["eval_near_loss"] != row["eval_far_loss"]
+
+
+def test_compute_metrics_gets_every_pairs_rewards_in_the_datasets_order(tmp_path):
+    seen = []
+
+    def metrics(prediction):
+        chosen, rejected = prediction.predictions
+        seen.append((chosen, rejected, prediction.label_ids))
+        return {"wins": float((chosen > rejected).sum())}
+
+    row = start(tmp_path, eval_rows=EVAL_ROWS, eval_strategy="epoch", compute_metrics=metrics).rows[-1]
+    chosen, rejected, labels = seen[-1]
+    assert chosen.shape == rejected.shape == labels.shape == (7,)
+    assert row["eval_wins"] == pytest.approx(row["eval_rewards/accuracies"] * 7)
+    assert chosen.mean() == pytest.approx(row["eval_rewards/chosen"], abs=1e-6)
+    alone = start(tmp_path / "b", eval_rows=EVAL_ROWS[:1], eval_strategy="epoch", compute_metrics=metrics).rows[-1]
+    assert seen[-1][0][0] == pytest.approx(chosen[0], abs=1e-5) == pytest.approx(alone["eval_rewards/chosen"], abs=1e-5)
+
+
+def test_the_best_evaluated_model_is_left_and_its_checkpoint_kept(tmp_path):
+    options = {"num_train_epochs": 4, "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 2}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "rewards/chosen", "greater_is_better": False}
+    run_ = start(tmp_path, eval_rows=EVAL_ROWS, learning_rate=1e-2, **options)
+    values = {row["step"]: row["eval_rewards/chosen"] for row in run_.rows if "eval_loss" in row}
+    best = min(values, key=values.get)
+    left = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert len(left) == 2 and {f"checkpoint-{best}", "checkpoint-12"} <= left | {f"checkpoint-{best}"}
+    assert same(weights(run_.model), weights(AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{best}")))
+    with pytest.raises(
+        ValueError, match="metric_for_best_model 'eval_nonsense' is not evaluated: choose among eval_loss"
+    ):
+        start(tmp_path / "b", eval_rows=EVAL_ROWS, **{**options, "metric_for_best_model": "nonsense"})
+
+
+def test_scores_of_samples_are_reported_and_kept(tmp_path):
+    row = start(
+        tmp_path,
+        eval_rows=EVAL_ROWS,
+        eval_strategy="epoch",
+        generate_during_eval=True,
+        num_samples=5,
+        max_new_tokens=6,
+        sample_reward="test_loop:count_spaces",
+    ).rows[-1]
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 5 and {"prompt", "reference", "policy", "policy_reward"} <= set(samples[0])
+    for who in ("policy", "reference"):
+        expected = sum(count_spaces("", sample[who]) for sample in samples) / 5
+        assert row[f"eval_samples/{who}_reward"] == pytest.approx(expected)
+
+
+def count_spaces(prompt: str, answer: str) -> float:
+    return answer.count(" ")
+
+
+# ---------------------------------------------------------------------------------------------- the caller's own things
+
+
+def test_a_given_reference_is_scored(tmp_path):
+    other = make_model(seed=5)
+    first = start(tmp_path, ref_model=other, max_steps=1).rows[0]
+    assert first["rewards/chosen"] != 0 and not any(parameter.requires_grad for parameter in other.parameters())
+
+
+def test_reference_free_runs_no_reference(tmp_path):
+    rows = start(tmp_path, reference_free=True, beta=0.5, max_steps=1).rows
+    assert rows[0]["rewards/chosen"] == pytest.approx(0.5 * rows[0]["logps/chosen"], rel=1e-6)
+
+
+def test_a_peft_model_of_the_callers_trains_its_adapter_alone(tmp_path):
+    model = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    run_ = start(tmp_path, model=model)
+    base = make_model().state_dict()
+    assert torch.equal(run_.model.get_base_model().lm_head.weight, base["lm_head.weight"])
+    assert (tmp_path / "adapter_config.json").exists()
+
+
+def test_optimizers_of_the_callers_are_used(tmp_path):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    run_ = start(tmp_path, model=model, optimizers=(optimizer, schedule))
+    assert same(weights(run_.model), weights(make_model())) and curve(run_, "learning_rate") == [0.0] * 3
+
+
+def test_evaluate_and_batch_metrics_can_be_called_alone(tmp_path):
+    from dpo.collate import DataCollatorForPreference
+    from dpo.data import prepare_dataset
+    from dpo.distributed import setup
+
+    rows = prepare_dataset({"rows": Dataset.from_list(EVAL_ROWS)}, make_tokenizer())
+    collator, args, model = DataCollatorForPreference(pad_token_id=0), DPOConfig(beta=0.3), make_model()
+    result = evaluate(model, rows, collator, args=args, ref_model=make_model(seed=3), world=setup(use_cpu=True))
+    _, metrics = get_batch_loss_metrics(
+        model, collator(list(rows)), args=args, ref_model=make_model(seed=3), train_eval="eval"
+    )
+    assert result["eval_loss"] == pytest.approx(metrics["eval_loss"].mean().item(), abs=1e-5)
+    assert metrics["eval_rewards/chosen"].shape == (7,)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_in_words(tmp_path):
+    with pytest.raises(ValueError, match="the loss is nan at step"):
+        start(tmp_path, learning_rate=1e30, max_grad_norm=0, optim="sgd")
+
+
+def test_errors_on_the_command_line_are_one_line(tmp_path):
+    for arguments, words in (
+        (["--learning_rte", "1"], "did you mean --learning_rate?"),
+        (["--model_name_or_path", str(tmp_path), "--dataset_name", "none.jsonl"], "error: "),
+    ):
+        done = run("dpo.loop", *arguments, cwd=tmp_path, check=False)
+        assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
+        assert done.stderr.strip().splitlines()[-1].startswith("error: ")

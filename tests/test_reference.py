@@ -1,0 +1,88 @@
+"""The reference: what a frozen copy and a switched-off adapter must be, and when the latter will not do."""
+
+import pytest
+import torch
+from conftest import make_model
+from peft import LoraConfig, get_peft_model
+
+from dpo.collate import DataCollatorForPreference
+from dpo.logprobs import concatenated_forward
+from dpo.reference import adapter_starts_at_zero, compute_ref_log_probs, frozen_copy, null_ref_context
+
+BATCH = DataCollatorForPreference(pad_token_id=0)(
+    [{"prompt_input_ids": [5, 6, 7], "chosen_input_ids": [9, 10], "rejected_input_ids": [11, 12, 13]}]
+)
+
+
+def make_adapter(**options):
+    return get_peft_model(
+        make_model(), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], **options)
+    )
+
+
+def shift(model) -> None:
+    """Stands for training: every parameter that may move does."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+
+
+def test_frozen_copy_stays_where_the_policy_started():
+    policy = make_model()
+    before = concatenated_forward(policy, BATCH)["chosen_logps"].item()
+    reference = frozen_copy(policy)
+    shift(policy)
+    chosen, rejected = compute_ref_log_probs(BATCH, policy=policy, ref_model=reference)
+    assert chosen.item() == before != concatenated_forward(policy, BATCH)["chosen_logps"].item()
+    assert not chosen.requires_grad and not rejected.requires_grad
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}], ids=["lora", "modules_to_save"])
+def test_adapter_switched_off_is_the_model_before_training(options):
+    policy = make_adapter(**options)
+    base = concatenated_forward(make_model(), BATCH)["chosen_logps"].item()
+    assert adapter_starts_at_zero(policy)
+    shift(policy)
+    assert concatenated_forward(policy, BATCH)["chosen_logps"].item() != base
+    assert compute_ref_log_probs(BATCH, policy=policy)[0].item() == base
+
+
+def test_adapter_is_on_and_training_again_after_the_reference_was_scored():
+    policy = make_adapter(lora_dropout=0.5).train()
+    shift(policy)
+    with null_ref_context(policy) as base:
+        assert not any(module.training for module in base.modules())
+    assert policy.training and policy.get_base_model().training
+    policy.eval()
+    assert (
+        concatenated_forward(policy, BATCH)["chosen_logps"].item()
+        != compute_ref_log_probs(BATCH, policy=policy)[0].item()
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"bias": "all"}], ids=["dora", "pissa", "bias"]
+)
+def test_adapters_that_do_not_start_at_zero_need_a_copy(options):
+    policy = make_adapter(**options)
+    if "bias" in options:
+        policy = get_peft_model(
+            make_model(attention_bias=True), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **options)
+        )
+    assert not adapter_starts_at_zero(policy)
+
+
+def test_an_adapter_trained_before_is_copied_with_its_base_shared():
+    policy = make_adapter()
+    shift(policy)  # the adapter's life before DPO
+    assert not adapter_starts_at_zero(policy)
+    start = concatenated_forward(policy, BATCH)["chosen_logps"].item()
+    reference = frozen_copy(policy)
+    shift(policy)
+    assert compute_ref_log_probs(BATCH, policy=policy, ref_model=reference)[0].item() == start
+    policies = {parameter.data_ptr() for parameter in policy.parameters()}
+    copied = [p for p in reference.parameters() if p.data_ptr() not in policies]
+    assert sum(p.numel() for p in copied) == sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    assert all(p.requires_grad == ("lora_" in name) for name, p in policy.named_parameters())
