@@ -30,8 +30,10 @@ from dpo.logprobs import concatenated_forward
 from dpo.losses import dpo_loss
 from dpo.reference import adapter_starts_at_zero, compute_ref_log_probs, frozen_copy
 from dpo.report import create_model_card
+from dpo.sampling import generate_from_model_and_ref
 from dpo.sources import load_preferences
 
+__all__ = ["Run", "create_model_card", "evaluate", "generate_from_model_and_ref", "get_batch_loss_metrics", "train"]
 logger = logging.getLogger("dpo")
 
 
