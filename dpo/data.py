@@ -7,9 +7,9 @@ and prepare_dataset does all of that to a whole dataset (sources.py opens it).
 import json
 import logging
 import os
+from pathlib import Path
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets
-from jinja2.exceptions import TemplateError
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +20,9 @@ logger = logging.getLogger(__name__)
 def check_row(row: dict) -> str | None:
     """What is wrong with a row, in words that name the column; None for a good row."""
     for column in ("chosen", "rejected"):
-        if column not in row:
-            return f"column {column!r} is missing; the row has {', '.join(map(repr, row))}"
+        if row.get(column) is None:
+            there = [name for name, value in row.items() if value is not None]
+            return f"column {column!r} is missing; the row has {', '.join(map(repr, there)) or 'nothing'}"
     for column in ("prompt", "chosen", "rejected"):
         value = row.get(column)
         if value is None and column == "prompt":
@@ -79,23 +80,29 @@ def split_prompt(row: dict) -> dict:
             cut = turn + len("\n\nAssistant:") if turn >= 0 else max(prompt.rfind(" "), prompt.rfind("\n"), 0)
             prompt, chosen, rejected = prompt[:cut], chosen[cut:], rejected[cut:]
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    chosen, rejected = _without_nulls(chosen), _without_nulls(rejected)
+    prompt, chosen, rejected = _without_nulls(prompt), _without_nulls(chosen), _without_nulls(rejected)
     shared = next(
         (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
     )
-    if isinstance(prompt, list):
-        prompt = _without_nulls(prompt)
-        shared = len(prompt) if chosen[: len(prompt)] == rejected[: len(prompt)] == prompt else 0
-    elif shared == 0:
-        prompt = [{"role": "user", "content": prompt}] if prompt else []
-    if shared:  # the conversations repeat their prompt; a prompt column that is text repeats it once more
-        prompt = chosen[:shared]
-    return {"prompt": prompt, "chosen": chosen[shared:], "rejected": rejected[shared:]}
+    if isinstance(prompt, list) and prompt:
+        repeated = chosen[: len(prompt)] == rejected[: len(prompt)] == prompt
+        return {"prompt": prompt} | {
+            key: messages[len(prompt) :] if repeated else messages
+            for key, messages in (("chosen", chosen), ("rejected", rejected))
+        }
+    start = chosen[:shared]
+    if prompt and not any(message["role"] == "user" for message in start):
+        start = [{"role": "user", "content": prompt}] + start  # else the conversations repeat a prompt that is text
+    return {"prompt": start, "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
-def _without_nulls(messages: list[dict]) -> list[dict]:
+def _without_nulls(value):
     """Drops the keys that a column of a datasets table fills with None; chat templates ask whether a key is there."""
-    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def render_row(row: dict, processing_class) -> dict:
@@ -104,20 +111,30 @@ def render_row(row: dict, processing_class) -> dict:
     Conversations go through the chat template: the prompt with its generation prompt, and each completion as what the
     whole conversation has beyond that. A template that renders the whole otherwise than it began (`unstable`) is split
     where the three renderings part. `tools` may be a list of JSON schemas or their JSON text.
+
+    Raises: ValueError that names the column, if `tools` is not JSON or the template fails.
     """
+    has_prompt = bool(row.get("prompt"))
     row = {**row, **split_prompt(row)}
     if isinstance(row["chosen"], str):
         return {key: row[key] for key in ("prompt", "chosen", "rejected")} | {"templated": False, "unstable": False}
-    tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) and row["tools"] else row.get("tools") or None
+    tools = row.get("tools") or None
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else _without_nulls(tools)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"column 'tools' is not valid JSON: {error}") from error
 
-    def render(messages: list[dict], **options) -> str:
-        return (
-            processing_class.apply_chat_template(messages, tools=tools, tokenize=False, **options) if messages else ""
-        )
+    def render(messages: list[dict], column: str, **options) -> str:
+        if not messages:
+            return ""
+        try:
+            return processing_class.apply_chat_template(messages, tools=tools, tokenize=False, **options)
+        except Exception as error:  # a template is a program of somebody else's: it may raise anything
+            raise ValueError(f"column {column!r} does not fit the chat template: {first_line(error)}") from error
 
     ask = bool(row["prompt"]) and row["prompt"][-1]["role"] != "assistant"
-    prompt = render(row["prompt"], add_generation_prompt=ask)
-    chosen, rejected = render(row["prompt"] + row["chosen"]), render(row["prompt"] + row["rejected"])
+    prompt = render(row["prompt"], "prompt" if has_prompt else "chosen", add_generation_prompt=ask)
+    chosen, rejected = (render(row["prompt"] + row[column], column) for column in ("chosen", "rejected"))
     start = os.path.commonprefix([prompt, chosen, rejected])
     return {
         "prompt": start,
@@ -126,6 +143,11 @@ def render_row(row: dict, processing_class) -> dict:
         "templated": True,
         "unstable": start != prompt,
     }
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's words, or its name: what fits into a message of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ---------------------------------------------------------------------------------------------------- from text to ids
@@ -186,7 +208,7 @@ def truncate_row(
 
     Args:
         max_prompt_length: a longer prompt loses its start (truncation_mode "keep_end") or its end ("keep_start"); a
-            begin-of-sequence token in front stays.
+            begin-of-sequence token in front stays, unless there is room for one token only.
         max_completion_length: a longer completion loses its end, its end-of-sequence token with it.
         max_length: of prompt and completion together. "keep_end" takes the excess of the longer completion off the
             prompt's start (both completions keep the same prompt, of at least one token); what is then still too long,
@@ -200,7 +222,7 @@ def truncate_row(
     if len(prompt) > room:
         head = prompt[:1] if room > 1 and prompt[0] == bos_token_id else []
         kept = room - len(head)
-        prompt = head + (prompt[-kept:] if truncation_mode == "keep_end" else prompt[len(head) : room])
+        prompt = head + (prompt[len(prompt) - kept :] if truncation_mode == "keep_end" else prompt[len(head) : room])
     if max_length is not None:
         completions = [completion[: max(0, max_length - len(prompt))] for completion in completions]
     return {"prompt_input_ids": prompt, "chosen_input_ids": completions[0], "rejected_input_ids": completions[1]}
@@ -215,10 +237,12 @@ def _completion_ids(text: str, tokenizer) -> list[int]:
 
 
 def _continuation_ids(text: str, tokenizer) -> list[int]:
-    """Tokens of text that continues other text. SentencePiece tokenizers put a space before whatever they are given;
-    behind an anchor, whose own tokens are then taken off, they do not."""
+    """Tokens of text that continues other text. SentencePiece tokenizers put a space before whatever they are given
+    (and so do byte-level ones with add_prefix_space); behind an anchor, whose own tokens are then taken off, they do
+    not."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if tokenizer.tokenize("a")[0].startswith("▁"):
+    first = "".join(tokenizer.convert_ids_to_tokens(ids[:1]))
+    if first.startswith("▁") or first.startswith("Ġ") and not text.startswith(" "):
         anchor = tokenizer("\n", add_special_tokens=False)["input_ids"]
         anchored = tokenizer("\n" + text, add_special_tokens=False)["input_ids"]
         if anchored[: len(anchor)] == anchor:
@@ -232,46 +256,55 @@ def _continuation_ids(text: str, tokenizer) -> list[int]:
 PREPARED = Features(
     {f"{part}_input_ids": List(Value("int64")) for part in ("prompt", "chosen", "rejected")}
     | {"length": Value("int64"), "problem": Value("string")}
-    | {flag: Value("bool") for flag in ("lost", "truncated", "unstable", "boundary")}
+    | {flag: Value("bool") for flag in ("lost", "same", "truncated", "unstable", "boundary")}
 )
 
 
-def _prepare_row(row: dict, *, processing_class, prepend_bos: bool, **limits) -> dict:
+def _prepare_row(row: dict, *, processing_class, prepend_bos: bool, source: str, **limits) -> dict:
     """One row to token ids and what there is to say about it; problems are returned, since a worker process that
-    raises would lose the row's number and the words."""
+    raises would lose the row's number and the words. `source` only tells the cache of datasets that the code changed.
+    """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     result = dict.fromkeys(("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"), [])
-    result |= {"length": 0, "problem": "", "lost": False, "truncated": False, "unstable": False, "boundary": False}
+    result |= {"length": 0, "problem": ""} | dict.fromkeys(("lost", "same", "truncated", "unstable", "boundary"), False)
     problem = check_row(row)
     if problem:
         return result | {"problem": problem}
     try:
         text = render_row(row, processing_class)
-    except (TemplateError, json.JSONDecodeError) as error:
-        column = "tools" if isinstance(error, json.JSONDecodeError) else "prompt"
-        return result | {"problem": f"column {column!r} does not fit the chat template: {error}"}
+    except ValueError as error:
+        return result | {"problem": str(error)}
     for column in ("chosen", "rejected"):
         if not text[column].strip():
             return result | {"problem": f"column {column!r} is empty after the shared prompt"}
+    if text["chosen"] == text["rejected"]:
+        return result | {"problem": "columns 'chosen' and 'rejected' are equal as the chat template renders them"}
 
-    ids = tokenize_row(text, processing_class, prepend_bos=prepend_bos and not text["templated"])
+    prepend_bos = prepend_bos and not text["templated"]
+    ids = tokenize_row(text, processing_class, prepend_bos=prepend_bos)
     if not ids["prompt_input_ids"]:
         if tokenizer.bos_token_id is None:
-            return result | {"problem": "there is no prompt and the tokenizer has no BOS token to start from"}
+            return result | {"problem": "column 'prompt' is empty and the tokenizer has no BOS token to start from"}
         ids["prompt_input_ids"] = [tokenizer.bos_token_id]
-    bos = 1 if prepend_bos and not text["templated"] else 0
-    apart = ids["prompt_input_ids"][bos:] + ids["chosen_input_ids"]
-    joint = tokenizer(text["prompt"] + text["chosen"].rstrip(), add_special_tokens=False)["input_ids"]
+    boundary = False
+    for column in ("chosen", "rejected"):
+        # Up to the completion's first token: what follows it lies beyond the boundary.
+        apart = ids["prompt_input_ids"] + ids[f"{column}_input_ids"][:1]
+        joint = tokenizer(text["prompt"] + text[column], add_special_tokens=False)["input_ids"]
+        if apart[0] == tokenizer.bos_token_id and joint[0] != apart[0]:
+            joint = apart[:1] + joint
+        boundary = boundary or joint[: len(apart)] != apart
     cut = truncate_row(ids, bos_token_id=tokenizer.bos_token_id, **limits)
-    longest = max(len(cut["chosen_input_ids"]), len(cut["rejected_input_ids"]))
+    prompt, chosen, rejected = cut.values()
     return {
         **result,
         **cut,
-        "length": len(cut["prompt_input_ids"]) + longest,
-        "lost": not (cut["chosen_input_ids"] and cut["rejected_input_ids"]),
+        "length": len(prompt) + max(len(chosen), len(rejected)),
+        "lost": not (chosen and rejected),
+        "same": bool(chosen) and chosen == rejected,
         "truncated": cut != ids,
         "unstable": text["unstable"],
-        "boundary": apart[: len(joint)] != joint,
+        "boundary": boundary,
     }
 
 
@@ -302,23 +335,23 @@ def prepare_dataset(
         "max_completion_length": max_completion_length,
         "max_length": max_length,
         "truncation_mode": truncation_mode,
+        "source": Path(__file__).read_text(encoding="utf-8"),
     }
     prepared = []
     for name, rows in parts.items():
-        missing = {"chosen", "rejected"} - set(rows.column_names)
-        if missing:
-            raise ValueError(
-                f"{name}: column {min(missing)!r} is missing; it has {', '.join(map(repr, rows.column_names))}"
-            )
         if len(rows) == 0:
             raise ValueError(f"{name} has no rows: it must hold at least one preference pair")
+        missing = {"chosen", "rejected"} - set(rows.column_names)
+        if missing:
+            there = ", ".join(map(repr, rows.column_names))
+            raise ValueError(f"{name}: column {min(missing)!r} is missing; it has {there}: add it, or rename one")
         conversational = isinstance(rows[0]["chosen"], list)
         if conversational and getattr(processing_class, "chat_template", None) is None:
             raise ValueError(
                 f"{name} holds conversations but the tokenizer {tokenizer.name_or_path!r} has no chat template: "
                 "take a model made for chat, or save its tokenizer with a chat_template"
             )
-        rows = rows.map(
+        rows = rows.with_format(None).map(
             _prepare_row,
             fn_kwargs=options,
             remove_columns=rows.column_names,
@@ -326,24 +359,30 @@ def prepare_dataset(
             num_proc=num_proc,
             desc=f"Tokenizing {name}",
         )
-        for number, problem in enumerate(rows["problem"], start=1):
+        for number, problem in enumerate(rows.select_columns("problem")[:]["problem"], start=1):
             if problem and not skip_bad_rows:
                 raise ValueError(f"{name}, row {number}: {problem} (skip_bad_rows leaves such rows out)")
         prepared.append(rows)
     rows = concatenate_datasets(prepared)
 
-    bad = sum(bool(problem) for problem in rows["problem"])
+    columns = ["prompt_input_ids", "chosen_input_ids", "rejected_input_ids", "length"]
+    said = rows.remove_columns(columns)[:]
+    keep = [i for i, out in enumerate(zip(said["problem"], said["lost"], strict=True)) if not any(out)]
+    bad = sum(map(bool, said["problem"]))
     for count, what in (
         (bad, "left out as bad rows (skip_bad_rows)"),
-        (sum(rows["lost"]), "left out: truncation would leave nothing of a completion (raise max_length)"),
-        (sum(rows["truncated"]), "truncated to max_prompt_length, max_completion_length or max_length"),
-        (sum(rows["unstable"]), "rendered by a chat template that is not prefix-stable: split at the common start"),
-        (sum(rows["boundary"]), "have other tokens at the prompt's end when tokenised in one piece: kept apart"),
+        (sum(said["lost"]), "left out: truncation would leave nothing of a completion (raise max_length)"),
+        (sum(said["same"]), "teach nothing: truncation leaves the same of chosen and rejected (raise max_length)"),
+        (sum(said["truncated"]), "truncated to max_prompt_length, max_completion_length or max_length"),
+        (sum(said["unstable"]), "rendered by a chat template that is not prefix-stable: split at the common start"),
+        (sum(said["boundary"]), "have other tokens at the prompt's end when tokenised in one piece: kept apart"),
     ):
         if count:
             logger.warning("%d of %d rows of %s %s", count, len(rows), ", ".join(parts), what)
-    keep = [i for i, problem in enumerate(rows["problem"]) if not problem and not rows[i]["lost"]]
     if not keep:
-        raise ValueError(f"{', '.join(parts)}: no row is left after leaving out bad and over-long rows (see above)")
-    columns = ["prompt_input_ids", "chosen_input_ids", "rejected_input_ids", "length"]
-    return rows.select(keep).select_columns(columns) if len(keep) < len(rows) else rows.select_columns(columns)
+        raise ValueError(
+            f"{', '.join(parts)}: no row is left; {bad} are bad and of {sum(said['lost'])} truncation would leave "
+            "nothing of a completion: mend the rows, or raise max_length"
+        )
+    rows = rows.select_columns(columns)
+    return rows.select(keep) if len(keep) < len(rows) else rows

@@ -1,35 +1,43 @@
 """Opens a preference dataset: a Hub name, a local file or directory, or an object. Broken files are named and line."""
 
+import csv
+import gzip
 import json
 import os
 from pathlib import Path
 
-from datasets import Dataset, load_dataset, load_dataset_builder, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Json, Value, load_dataset, load_dataset_builder, load_from_disk
 
-from dpo.data import check_row
+from dpo.data import check_row, first_line
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 
 
-def load_preferences(source: str | Dataset | list[dict], *, split: str = "train", subset: str | None = None) -> dict:
+def load_preferences(
+    source: str | Dataset | DatasetDict | list[dict], *, split: str = "train", subset: str | None = None
+) -> dict:
     """Opens a preference dataset and returns its parts, {name for messages: Dataset}, in order.
 
     Args:
         source: a Hub name, a local .json/.jsonl/.parquet/.csv/.arrow file (.gz too), a directory of such files or one
-            that Dataset.save_to_disk wrote, a datasets.Dataset, or a list of dicts.
+            that save_to_disk wrote, a datasets.Dataset or DatasetDict, or a list of dicts.
         split, subset: which split and which configuration, where the source has several.
 
     Raises: ValueError if there is no such dataset or split, or a file cannot be read: names the file and the line.
     """
+    if subset is not None and (not isinstance(source, str | os.PathLike) or Path(source).is_file()):
+        raise ValueError(f"there is no subset {subset!r} in one file or object: leave out the subset (dataset_config)")
     if isinstance(source, Dataset):
         return {"dataset": source}
+    if isinstance(source, DatasetDict):
+        return {f"dataset ({split})": _pick_split(source, split, "dataset")}
     if isinstance(source, list):
-        return {"dataset": Dataset.from_list(source)}
+        return {"dataset": _from_list(source)}
     if not isinstance(source, str | os.PathLike):
         raise ValueError(
             f"a dataset is a name, a path, a datasets.Dataset or a list of dicts, not {type(source).__name__}"
         )
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_file():
         return {str(path): _read_file(path)}
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
@@ -37,54 +45,95 @@ def load_preferences(source: str | Dataset | list[dict], *, split: str = "train"
         return {str(path): saved if isinstance(saved, Dataset) else _pick_split(saved, split, path)}
     if path.is_dir():
         try:
-            files = _pick_split(load_dataset_builder(str(path)).config.data_files, split, path)
+            splits = load_dataset_builder(str(path), subset).config.data_files
         except FileNotFoundError as error:
-            raise ValueError(f"{path} holds no {', '.join(FORMATS)} file") from error
-        return {str(file): _read_file(Path(file)) for file in files}
-    if path.suffix in FORMATS or path.is_absolute() or str(source).startswith("."):
+            raise ValueError(f"{path} holds no {', '.join(FORMATS)} file: put one in, or name another path") from error
+        except Exception as error:
+            raise ValueError(f"{path} cannot be opened as a directory of data files: {first_line(error)}") from error
+        return {str(file): _read_file(Path(file)) for file in _pick_split(splits, split, path)}
+    if _format(path) in FORMATS or path.is_absolute() or str(source).startswith(".") or len(path.parts) > 2:
         raise ValueError(f"there is no file or directory {str(source)!r}: check the path")
     try:
         return {f"{source} ({split})": load_dataset(str(source), subset, split=split)}
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"cannot load the dataset {str(source)!r}, split {split!r}, from the Hub: {reason}") from error
+        raise ValueError(
+            f"cannot load the dataset {str(source)!r}, split {split!r}, from the Hub (nor is it a file or directory "
+            f"here): {first_line(error)}"
+        ) from error
 
 
-def _pick_split(splits: dict, split: str, path: Path):
+def _pick_split(splits: dict, split: str, name: str | Path):
     if split not in splits:
-        raise ValueError(f"{path} has no split {split!r}: it has {', '.join(map(str, splits))}")
+        raise ValueError(f"{name} has no split {split!r}: take one of {', '.join(map(str, splits))}")
     return splits[split]
 
 
-def _read_file(path: Path) -> Dataset:
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    if not suffixes or suffixes[-1] not in FORMATS:
-        raise ValueError(f"{path} is not one of {', '.join(FORMATS)}: convert it, or name another file")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty: it must hold at least one preference pair")
-    # In a CSV file "NA" and "12" are texts that someone preferred, neither a missing value nor a number.
-    options = {"keep_default_na": False, "dtype": str} if suffixes[-1] == ".csv" else {}
+def _from_list(rows: list[dict]) -> Dataset:
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"dataset, row {number}: is {type(row).__name__}: it must be a dict")
+    # Not Dataset.from_list: it looks for columns in the first row only.
+    columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
     try:
-        return load_dataset(FORMATS[suffixes[-1]], data_files=str(path), split="train", **options)
+        return Dataset.from_dict(columns)
+    except Exception:  # a column of mixed kinds: keep each value as it is, and let the row that is wrong be named
+        columns = {key: columns[key] for key in ("prompt", "chosen", "rejected", "tools") if key in columns}
+        return Dataset.from_dict(columns, features=Features(dict.fromkeys(columns, Json())))
+
+
+# ------------------------------------------------------------------------------------------------------ reading a file
+
+
+def _format(path: Path) -> str:
+    """The suffix that says what is in a file, without .gz."""
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+
+
+def _open_text(path: Path):
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", errors="replace")
+
+
+def _read_file(path: Path) -> Dataset:
+    suffix = _format(path)
+    if suffix not in FORMATS:
+        raise ValueError(f"{path} is not one of {', '.join(FORMATS)}: convert it, or name another file")
+    empty = ValueError(f"{path} is empty: it must hold at least one preference pair")
+    if path.stat().st_size == 0:
+        raise empty
+    options = {}
+    try:
+        if suffix == ".csv":
+            # In a CSV file "NA" and "12" are texts that someone preferred, neither a missing value nor a number.
+            with _open_text(path) as file:
+                columns = next(csv.reader(file), [])
+            options = {"keep_default_na": False, "features": Features(dict.fromkeys(columns, Value("string")))}
+        return load_dataset(FORMATS[suffix], data_files=str(path), split="train", **options)
     except Exception as error:
-        if suffixes[-1] in (".json", ".jsonl") and path.suffix != ".gz":
+        if "corresponds to no data" in str(error):  # datasets' words for a file of no rows
+            raise empty from error
+        if FORMATS[suffix] == "json":
             _explain_json(path)
-        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read as {suffixes[-1][1:]}: {reason}") from error
+        reason = first_line(error.__cause__ or error)
+        raise ValueError(f"{path} cannot be read as {suffix[1:]}: {reason}: mend or convert it") from error
 
 
 def _explain_json(path: Path) -> None:
     """Finds the line that a JSON reader for whole columns stumbled over, and raises ValueError with its number."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.lstrip().startswith("[") and number == 1:
-                return  # one array over many lines: its reader names the place itself
-            try:
-                row = json.loads(line) if line.strip() else None
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: not valid JSON: {error.msg} at column {error.colno}"
-                ) from error
-            problem = check_row(row) if isinstance(row, dict) else row is not None and "is not a JSON object"
-            if problem:
-                raise ValueError(f"{path}, line {number}: {problem}")
+
+    def parse(text: str, number: int):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            where = f"{path}, line {number + error.lineno - 1}"
+            raise ValueError(f"{where}: not valid JSON: {error.msg} at column {error.colno}: mend it") from error
+
+    with _open_text(path) as file:
+        text = file.read()
+    if _format(path) == ".json" and text.lstrip().startswith("["):  # one array over many lines
+        parse(text, 1)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        row = parse(line.rstrip(), number) if line.strip() else None
+        problem = check_row(row) if isinstance(row, dict) else row is not None and "is not a JSON object"
+        if problem:
+            raise ValueError(f"{path}, line {number}: {problem}: mend it")
