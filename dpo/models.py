@@ -7,6 +7,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo.data import first_line
+
 
 def load_model(name: str, *, dtype: str = "float32", **kwargs) -> torch.nn.Module:
     """A causal language model by Hub name or directory; a directory that holds a PEFT adapter gives the base model with
@@ -37,10 +39,6 @@ def load_tokenizer(name: str, **kwargs):
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def add_adapter(model: torch.nn.Module, peft_config) -> torch.nn.Module:

@@ -1,4 +1,4 @@
-"""Opens a preference dataset: a Hub name, a local file or directory, or an object. Broken files are named and line."""
+"""Opens a preference dataset: Hub name, local file or directory, or object. Of a broken file it names the line."""
 
 import csv
 import gzip

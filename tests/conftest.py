@@ -1,6 +1,9 @@
 """Shared by all tests: one Hypothesis profile, a tokenizer and models made on the spot, and rows to train on."""
 
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: no test may wait for a network
+
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True, max_examples=100)
 settings.load_profile("fixed")
-os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)  # tiny models gain nothing from a second
 
 ROOT = Path(__file__).parent.parent
@@ -98,12 +100,7 @@ def run(*command: str, processes: int = 0, cwd: Path | None = None, check: bool 
         if processes
         else python
     )
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        **(env or {}),
-    }
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
     done = subprocess.run([*launch, *command], cwd=cwd, capture_output=True, text=True, env=environment)
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")

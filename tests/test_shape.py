@@ -3,6 +3,7 @@
 import ast
 import inspect
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -85,6 +86,6 @@ def test_public_functions_and_modules_say_what_they_are_for(path):
 
 
 def test_ruff_is_clean():
-    for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."]):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    for command in (["check", "."], ["format", "--check", "."]):
+        done = subprocess.run([sys.executable, "-m", "ruff", *command], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
