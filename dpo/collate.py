@@ -30,12 +30,16 @@ class DataCollatorForPreference:
 
     def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
         """Rows with prompt_input_ids, chosen_input_ids and rejected_input_ids to those keys as (B, P), (B, C), (B, R)
-        int64 tensors, each with its X_attention_mask of zeros and ones. Other keys of a row are ignored."""
+        int64 tensors, each with its X_attention_mask of zeros and ones; and margin and weight, (B,) float32, where the
+        rows have them. Other keys of a row are ignored."""
         batch = {}
         for part in ("prompt", "chosen", "rejected"):
             rows = [torch.tensor(row[f"{part}_input_ids"], dtype=torch.long) for row in features]
             batch[f"{part}_input_ids"] = pad(rows, self.pad_token_id, left=part == "prompt")
             batch[f"{part}_attention_mask"] = pad([torch.ones_like(row) for row in rows], 0, left=part == "prompt")
+        for column in ("margin", "weight"):
+            if column in features[0]:
+                batch[column] = torch.tensor([row[column] for row in features], dtype=torch.float32)
         return batch
 
 

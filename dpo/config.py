@@ -14,6 +14,8 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
+from dpo.losses import OVER_THE_BATCH, check_loss
+
 EXAMPLE = Path(__file__).parent / "example" / "config.yaml"
 
 
@@ -66,10 +68,26 @@ class DPOConfig:
     group_by_length: bool = option(False, "Train on pairs of similar length together: less padding, less random.")
 
     # ---- loss
-    loss_type: str = option("sigmoid", "sigmoid, hinge or ipo.")
+    loss_type: list[str] | str = option("sigmoid", "A loss of the README's table, or several, which are added up.")
+    loss_weights: list[float] | None = option(None, "A factor for each of several losses; by default 1.")
     beta: float = option(0.1, "How strongly the policy is held to the reference.")
-    label_smoothing: float = option(0.0, "Share of labels taken to be flipped (sigmoid: cDPO), from 0 to below 0.5.")
+    label_smoothing: float = option(0.0, "Share of labels taken to be flipped, from 0 to below 0.5.")
+    f_divergence_type: str = option("reverse_kl", "reverse_kl, js_divergence, alpha_divergence or forward_kl.")
+    f_alpha_divergence_coef: float = option(1.0, "α of alpha_divergence: 0 is reverse_kl, 1 forward_kl.")
     reference_free: bool = option(False, "Take the reference to like all completions alike; none is loaded or run.")
+    rpo_alpha: float | None = option(None, "Add so much of the chosen completion's mean negative log-likelihood (RPO).")
+    use_weighting: bool = option(False, "Weigh pairs by how likely they are under the policy (WPO).")
+    ld_alpha: float | None = option(None, "Weight of the tokens by which one completion is longer (LD-DPO), 0 to 1.")
+    discopop_tau: float = option(0.05, "Temperature of discopop.")
+    simpo_gamma: float = option(0.5, "Target margin of simpo.")
+    orpo_lambda: float = option(0.1, "Weight of the odds ratio in orpo.")
+    cpo_alpha: float = option(1.0, "Weight of the likelihood in cpo.")
+    dpop_lambda: float = option(50.0, "Weight of the chosen completion's lost likelihood in dpop.")
+    r_dpo_alpha: float = option(0.01, "Price of a token in r_dpo.")
+    chipo_clip: float = option(10.0, "Largest margin of chipo.")
+    sync_ref_model: bool = option(False, "Move the reference towards the policy while training (TR-DPO).")
+    ref_model_mixup_alpha: float = option(0.9, "Share of the policy in the moved reference; 1 copies it.")
+    ref_model_sync_steps: int = option(64, "Move it every so many steps.")
 
     # ---- optimization
     per_device_train_batch_size: int = option(8, "Pairs in one forward pass of one process.")
@@ -130,6 +148,8 @@ class DPOConfig:
     ddp_find_unused_parameters: bool = option(False, "For models that leave some trained parameters out of a step.")
 
     def __post_init__(self):
+        if isinstance(self.loss_type, list) and len(self.loss_type) == 1:
+            self.loss_type = self.loss_type[0]
         for name in ("report_to", "lora_target_modules", "lora_modules_to_save"):
             if isinstance(getattr(self, name), str):
                 setattr(self, name, getattr(self, name).split(","))
@@ -160,7 +180,6 @@ class DPOConfig:
             "dtype": ("float32", "bfloat16", "float16", "auto"),
             "truncation_mode": ("keep_end", "keep_start"),
             "layout": ("auto", "padded"),
-            "loss_type": ("sigmoid", "hinge", "ipo"),
             "optim": ("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "rmsprop", "sgd"),
             "eval_strategy": ("no", "steps", "epoch"),
             "save_strategy": ("no", "steps", "epoch"),
@@ -170,30 +189,56 @@ class DPOConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(values)}")
         at_least = {
             "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps lora_r lora_alpha": 1,
-            "max_prompt_length max_completion_length num_samples max_new_tokens save_total_limit ddp_timeout": 1,
+            "max_prompt_length max_completion_length num_samples max_new_tokens save_total_limit ddp_timeout "
+            "ref_model_sync_steps": 1,
             "max_length": 2,
             "padding_value": 0,
             "learning_rate weight_decay warmup_ratio warmup_steps max_grad_norm dataloader_num_workers": 0,
-            "adam_beta1 adam_beta2 adam_epsilon lora_dropout label_smoothing": 0,
+            "adam_beta1 adam_beta2 adam_epsilon lora_dropout ld_alpha rpo_alpha ref_model_mixup_alpha": 0,
         }
         for names, least in at_least.items():
             for name in names.split():
                 value = getattr(self, name)
                 if value is not None and not value >= least:
                     raise ValueError(f"{name} is {value}: it must be at least {least}")
-        for name in ("beta", "num_train_epochs", "logging_steps", "save_steps", "eval_steps"):
+        above_zero = "beta discopop_tau chipo_clip num_train_epochs logging_steps save_steps eval_steps"
+        for name in above_zero.split():
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}: it must be above 0")
         for name in ("adam_beta1", "adam_beta2", "lora_dropout", "warmup_ratio"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be below 1")
+        names = check_loss(
+            self.loss_type,
+            loss_weights=self.loss_weights,
+            label_smoothing=self.label_smoothing,
+            f_divergence_type=self.f_divergence_type,
+            reference_free=self.reference_free,
+        )
         conflicts = (
             (self.bf16 and self.fp16, "bf16 and fp16 exclude each other: keep one"),
-            (self.label_smoothing >= 0.5, f"label_smoothing is {self.label_smoothing}: it must be below 0.5"),
             (
-                self.label_smoothing > 0 and self.loss_type != "sigmoid",
-                f"label_smoothing has no meaning for loss_type {self.loss_type}: set it to 0",
+                self.f_alpha_divergence_coef != 1.0 and self.f_divergence_type != "alpha_divergence",
+                "f_alpha_divergence_coef needs f_divergence_type alpha_divergence",
+            ),
+            (
+                not self.sync_ref_model and (self.ref_model_mixup_alpha != 0.9 or self.ref_model_sync_steps != 64),
+                "ref_model_mixup_alpha and ref_model_sync_steps need sync_ref_model",
+            ),
+            (
+                self.ref_model_mixup_alpha > 1,
+                f"ref_model_mixup_alpha is {self.ref_model_mixup_alpha}: it must be at most 1",
+            ),
+            (
+                self.gradient_accumulation_steps > 1 and bool(set(names) & set(OVER_THE_BATCH)),
+                f"loss_type {self.loss_type} sorts the whole batch: raise per_device_train_batch_size instead of "
+                "gradient_accumulation_steps",
+            ),
+            (
+                self.sync_ref_model and (self.reference_free or self.ref_model_name_or_path is not None),
+                "sync_ref_model moves the reference that the policy starts from: leave out reference_free and "
+                "ref_model_name_or_path",
             ),
             (
                 self.reference_free and self.ref_model_name_or_path,
@@ -231,6 +276,19 @@ class DPOConfig:
                 "dataloader_prefetch_factor needs dataloader_num_workers above 0",
             ),
         )
+        belongs_to = {
+            "discopop_tau": "discopop",
+            "simpo_gamma": "simpo",
+            "orpo_lambda": "orpo",
+            "cpo_alpha": "cpo",
+            "dpop_lambda": "dpop",
+            "r_dpo_alpha": "r_dpo",
+            "chipo_clip": "chipo",
+        }
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        for name, loss in belongs_to.items():
+            if getattr(self, name) != defaults[name] and loss not in names:
+                raise ValueError(f"{name} has no meaning for loss_type {', '.join(names)}: it belongs to {loss}")
         for conflict, words in conflicts:
             if conflict:
                 raise ValueError(words)
@@ -301,13 +359,8 @@ LEFT_OUT = (
     ("is_encoder_decoder", "this version trains decoder-only language models"),
     ("padding_free", "this version has the padded layout only"),
     (
-        "model_adapter_name ref_adapter_name precompute_ref_log_probs precompute_ref_batch_size sync_ref_model "
-        "ref_model_mixup_alpha ref_model_sync_steps",
+        "model_adapter_name ref_adapter_name precompute_ref_log_probs precompute_ref_batch_size",
         "in this version the reference is the policy's start, another model (ref_model_name_or_path), or none",
-    ),
-    (
-        "f_divergence_type f_alpha_divergence_coef use_weighting rpo_alpha discopop_tau",
-        "this version has the losses sigmoid, hinge and ipo",
     ),
 )
 

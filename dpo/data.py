@@ -6,6 +6,7 @@ and prepare_dataset does all of that to a whole dataset (sources.py opens it).
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -260,16 +261,21 @@ PREPARED = Features(
 )
 
 
-def _prepare_row(row: dict, *, processing_class, prepend_bos: bool, source: str, **limits) -> dict:
+def _prepare_row(row: dict, *, processing_class, numbers: list[str], prepend_bos: bool, source: str, **limits) -> dict:
     """One row to token ids and what there is to say about it; problems are returned, since a worker process that
     raises would lose the row's number and the words. `source` only tells the cache of datasets that the code changed.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     result = dict.fromkeys(("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"), [])
     result |= {"length": 0, "problem": ""} | dict.fromkeys(("lost", "same", "truncated", "unstable", "boundary"), False)
+    result |= dict.fromkeys(numbers, 0.0)
     problem = check_row(row)
+    for column in numbers:
+        if not isinstance(row[column], int | float) or not math.isfinite(row[column]):
+            problem = problem or f"column {column!r} is {row[column]!r}: it must be a number"
     if problem:
         return result | {"problem": problem}
+    result |= {column: float(row[column]) for column in numbers}
     try:
         text = render_row(row, processing_class)
     except ValueError as error:
@@ -322,13 +328,16 @@ def prepare_dataset(
     """Checks, renders and tokenises every row; named datasets become one dataset of token ids.
 
     Returns: a Dataset with prompt_input_ids, chosen_input_ids, rejected_input_ids and length (tokens of the prompt and
-    the longer completion). Other columns are left out.
+    the longer completion); and margin and weight, numbers of a pair, where the rows have them. Other columns are left
+    out.
     Raises: ValueError that names part, row (counting from 1) and column of the first bad row, unless skip_bad_rows;
     ValueError when no row is left. Rows left out, and what else is worth knowing, are counted and logged.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    numbers = [column for column in ("margin", "weight") if all(column in rows.column_names for rows in parts.values())]
     options = {
         "processing_class": processing_class,
+        "numbers": numbers,
         "prepend_bos": tokenizer.bos_token_id is not None
         and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id],
         "max_prompt_length": max_prompt_length,
@@ -355,7 +364,7 @@ def prepare_dataset(
             _prepare_row,
             fn_kwargs=options,
             remove_columns=rows.column_names,
-            features=PREPARED,
+            features=Features({**PREPARED, **dict.fromkeys(numbers, Value("float32"))}),
             num_proc=num_proc,
             desc=f"Tokenizing {name}",
         )
@@ -365,7 +374,7 @@ def prepare_dataset(
         prepared.append(rows)
     rows = concatenate_datasets(prepared)
 
-    columns = ["prompt_input_ids", "chosen_input_ids", "rejected_input_ids", "length"]
+    columns = ["prompt_input_ids", "chosen_input_ids", "rejected_input_ids", "length", *numbers]
     said = rows.remove_columns(columns)[:]
     keep = [i for i, out in enumerate(zip(said["problem"], said["lost"], strict=True)) if not any(out)]
     bad = sum(map(bool, said["problem"]))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -69,6 +70,24 @@ def mean_over_ranks(sums: dict, world: World) -> dict[str, float]:
     pairs, seconds, tokens = totals.pop("pairs"), totals.pop("seconds", 0.0) / world.size, totals.pop("tokens")
     rate = {"tokens_per_second": tokens / seconds} if seconds else {}
     return {key: total / pairs for key, total in totals.items()} | rate | {"tokens": tokens}
+
+
+def gather_pairs(
+    values: dict[str, torch.Tensor], real: int, world: World | None
+) -> tuple[dict[str, torch.Tensor], slice]:
+    """The first `real` entries of (B,) tensors of all processes, in the order of their ranks, with their gradients; and
+    where this process's own are among them."""
+    values = {key: value[:real] for key, value in values.items()}
+    if world is None or world.size == 1:
+        return values, slice(0, real)
+    counts = gather_lists([real], world)
+    longest, gathered = max(counts), {}
+    for key, value in values.items():
+        padded = torch.nn.functional.pad(value, (0, longest - real))
+        parts = dist.nn.functional.all_gather(padded)
+        gathered[key] = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+    start = sum(counts[: world.rank])
+    return gathered, slice(start, start + real)
 
 
 def gather_lists(values: list, world: World) -> list:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from dpo.collate import concatenated_inputs, padded_inputs
 
+NOT_FOR_THE_MODEL = ("targets", "owner", "lengths", "tokens")
+
 
 def token_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """log softmax(logits)[target], one per kept position.
@@ -29,8 +31,36 @@ def sum_by_owner(values: torch.Tensor, owner: torch.Tensor, sequences: int) -> t
     return values.new_zeros(sequences).index_add(0, owner, values)
 
 
+def ld_weights(owner: torch.Tensor, lengths: torch.Tensor, *, ld_alpha: float) -> torch.Tensor:
+    """LD-DPO: 1 for the tokens of a completion up to the length of the shorter one of its pair, ld_alpha beyond.
+
+    Summed with these weights a longer completion gains less by its length alone. ld_alpha = 1 is DPO.
+
+    Args: owner (M,), in order; lengths (2B,) completion tokens, chosen first. Returns: (M,) float32.
+    Source: Liu et al. 2024 (arXiv 2409.06411), section 3.
+    """
+    position = torch.arange(len(owner), device=owner.device) - (lengths.cumsum(0) - lengths)[owner]
+    shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
+    return 1.0 - (1.0 - ld_alpha) * (position >= shorter[owner]).float()
+
+
+def wpo_token_scores(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """WPO: log π_t − log Σ_v π_v², how likely the token is next to what the policy would expect of its own sample.
+
+    Args: logits (M, V); targets (M,). Returns: (M,) float32, without gradient.
+    Source: Zhou et al. 2024 (arXiv 2406.11827), eq. 2 with sampled alignment.
+    """
+    logps = logits.detach().float().log_softmax(-1)
+    return logps.gather(-1, targets[:, None])[:, 0] - (2 * logps).logsumexp(-1)
+
+
 def concatenated_forward(
-    model: torch.nn.Module, batch: dict[str, torch.Tensor], *, padding_value: int = 0
+    model: torch.nn.Module,
+    batch: dict[str, torch.Tensor],
+    *,
+    padding_value: int = 0,
+    ld_alpha: float | None = None,
+    use_weighting: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Scores chosen and rejected completions in one forward pass: log π(y|x) = Σ_t log π(y_t | x, y_<t).
 
@@ -38,28 +68,41 @@ def concatenated_forward(
         model: a causal language model; its own forward is called, so soft-capping, logit scales and biases apply.
         batch: what the collator gives (B pairs), or model inputs that already carry logits_to_keep, targets and owner.
         padding_value: fills the padding of input_ids; never seen by a real token.
+        ld_alpha: weigh the tokens as `ld_weights` says; use_weighting: give the pairs' WPO weights, too.
 
     Returns: chosen_logps, rejected_logps (B,) float32 sums in nats; chosen_lengths, rejected_lengths (B,) int64,
-    completion tokens; tokens (B,) int64, all that the model read of the pair.
+    completion tokens; tokens (B,) int64, all that the model read of the pair; with use_weighting wpo_weights (B,) =
+    min(1, exp(s_w + s_l)), s the mean of a completion's `wpo_token_scores`; aux_loss () where the model returns one.
     """
     if "owner" not in batch:
         batch = padded_inputs(concatenated_inputs(batch, padding_value), padding_value)
     targets, owner, lengths = batch["targets"], batch["owner"], batch["lengths"]
-    inputs = {key: value for key, value in batch.items() if key not in ("targets", "owner", "lengths", "tokens")}
+    inputs = {key: value for key, value in batch.items() if key not in NOT_FOR_THE_MODEL}
     if accepts_logits_to_keep(model):
-        logits = model(**inputs, use_cache=False).logits  # (M, V)
+        output = model(**inputs, use_cache=False)
+        logits = output.logits  # (M, V)
     else:
         keep = inputs.pop("logits_to_keep")
-        logits = model(**inputs, use_cache=False).logits[keep]
-    logps = sum_by_owner(token_logps(logits, targets), owner, len(lengths))
+        output = model(**inputs, use_cache=False)
+        logits = output.logits[keep]
+    per_token = token_logps(logits, targets)
+    if ld_alpha is not None:
+        per_token = per_token * ld_weights(owner, lengths, ld_alpha=ld_alpha)
+    logps = sum_by_owner(per_token, owner, len(lengths))
     (chosen_logps, rejected_logps), (chosen_lengths, rejected_lengths) = logps.chunk(2), lengths.chunk(2)
-    return {
+    scores = {
         "chosen_logps": chosen_logps,
         "rejected_logps": rejected_logps,
         "chosen_lengths": chosen_lengths,
         "rejected_lengths": rejected_lengths,
         "tokens": batch["tokens"],
     }
+    if use_weighting:
+        means = sum_by_owner(wpo_token_scores(logits, targets), owner, len(lengths)) / lengths
+        scores["wpo_weights"] = sum(means.chunk(2)).exp().clamp(max=1)
+    if getattr(output, "aux_loss", None) is not None:
+        scores["aux_loss"] = output.aux_loss
+    return scores
 
 
 def accepts_logits_to_keep(model: torch.nn.Module) -> bool:

@@ -27,12 +27,17 @@ from dpo.config import DPOConfig, parse_args
 from dpo.data import prepare_dataset
 from dpo.distributed import World
 from dpo.logprobs import concatenated_forward
-from dpo.losses import dpo_loss
-from dpo.reference import adapter_starts_at_zero, compute_ref_log_probs, frozen_copy
+from dpo.losses import OVER_THE_BATCH, WITHOUT_REFERENCE, dpo_loss
+from dpo.reference import adapter_starts_at_zero, compute_ref_log_probs, frozen_copy, sync_reference
 from dpo.report import create_model_card
 from dpo.sampling import generate_from_model_and_ref
 from dpo.sources import load_preferences
 
+# What dpo_loss and the configuration call by the same names.
+LOSS_OPTIONS = (
+    "loss_type loss_weights beta label_smoothing f_divergence_type f_alpha_divergence_coef reference_free discopop_tau "
+    "rpo_alpha simpo_gamma orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha chipo_clip"
+).split()
 __all__ = ["Run", "create_model_card", "evaluate", "generate_from_model_and_ref", "get_batch_loss_metrics", "train"]
 logger = logging.getLogger("dpo")
 
@@ -104,11 +109,12 @@ def train(
 
     # ---- policy and reference, equal before the first step unless the caller wants it otherwise
     has_own_reference = ref_model is not None or args.ref_model_name_or_path is not None
-    starts_equal = args.disable_dropout and not has_own_reference and not args.reference_free
+    starts_equal = args.disable_dropout and not has_own_reference and needs_reference(args)
     policy, ref_model = prepare_models(model, ref_model, peft_config, args=args, world=world)
     set_seed(args.seed + world.rank, deterministic=args.full_determinism)  # each process its own dropout
     wrapped = distributed.parallelize(policy, world, find_unused_parameters=args.ddp_find_unused_parameters)
-    score = {"ref_model": ref_model, "args": args, "padding_value": padding_value}
+    bco = {"sum": 0.0, "count": 0.0}  # of rewards: their mean is the δ of the BCO loss
+    score = {"ref_model": ref_model, "args": args, "padding_value": padding_value, "world": world, "bco": bco}
     loading = {
         "num_workers": args.dataloader_num_workers,
         "prefetch_factor": args.dataloader_prefetch_factor,
@@ -165,6 +171,9 @@ def train(
         for key, thing in stateful.items():
             thing.load_state_dict(state[key])
         step, tokens_seen, best = state["step"], state["tokens_seen"], state["best"]
+        bco.update(state["bco"])
+        if args.sync_ref_model:
+            ref_model.load_state_dict(state["reference"], strict=False)
         sums.update(rank_state["sums"])
     rows, receivers = [], []
     if world.rank == 0:
@@ -186,9 +195,7 @@ def train(
         row = {"step": step, "epoch": step / steps_per_epoch}
         for label, eval_rows in eval_sets.items():
             prefix = f"eval_{label}" if label else "eval"
-            row |= evaluate(
-                policy, eval_rows, collator, **score, world=world, prefix=prefix, compute_metrics=compute_metrics
-            )
+            row |= evaluate(policy, eval_rows, collator, **score, prefix=prefix, compute_metrics=compute_metrics)
         if args.generate_during_eval and world.rank == 0:
             first = next(iter(eval_sets.values()))
             with precision(args, world):
@@ -198,7 +205,7 @@ def train(
                     collator,
                     processing_class,
                     ref_model=ref_model,
-                    reference_free=args.reference_free,
+                    reference_free=not needs_reference(args),
                     reward=reward,
                     max_new_tokens=args.max_new_tokens,
                     batch_size=args.per_device_eval_batch_size,
@@ -225,12 +232,12 @@ def train(
                 batch = to_device(next(batches), world.device)
                 last = number == len(window) - 1
                 with distributed.synchronize_gradients(wrapped, now=last), precision(args, world):
-                    losses, metrics = get_batch_loss_metrics(wrapped, batch, **score)
+                    losses, metrics = get_batch_loss_metrics(wrapped, batch, **score, real=real)
                     # DDP averages gradients over processes: × size makes it their sum, / pairs the mean over all pairs.
-                    loss = losses[:real].sum() * world.size / pairs
+                    loss = losses.sum() * world.size / pairs
                     scaler.scale(loss).backward()
                 for key, values in metrics.items():
-                    sums[key] += values[:real].sum()
+                    sums[key] += values.sum()
                 sums["pairs"] += real
                 if step == 0 and number == 0 and starts_equal:
                     check_rewards_are_zero(metrics, args=args)
@@ -240,6 +247,8 @@ def train(
             scaler.update()
             scheduler.step()
             optimizer.zero_grad()
+            if args.sync_ref_model and (step + 1) % args.ref_model_sync_steps == 0:
+                sync_reference(policy, ref_model, mixup_alpha=args.ref_model_mixup_alpha)
             # -------------------------------------------------------------------------------------------------------
             step += 1
             sums["seconds"] += time.perf_counter() - started
@@ -275,7 +284,10 @@ def train(
                     )
             if boundary.get(args.save_strategy, step % save_every == 0 or is_last):
                 state = {key: thing.state_dict() for key, thing in stateful.items()}
-                state |= {"step": step, "tokens_seen": tokens_seen, "best": best, "same_run": same_run}
+                state |= {"step": step, "tokens_seen": tokens_seen, "best": best, "same_run": same_run, "bco": bco}
+                if args.sync_ref_model:  # what it shares with the policy is not written twice
+                    moved = {key for key, parameter in policy.named_parameters() if parameter.requires_grad}
+                    state["reference"] = {key: v for key, v in ref_model.state_dict().items() if key in moved}
                 checkpoint.save_checkpoint(
                     output_dir / f"checkpoint-{step}",
                     world,
@@ -314,38 +326,69 @@ def train(
 
 
 def get_batch_loss_metrics(
-    model, batch: dict, *, args: DPOConfig, ref_model=None, padding_value: int = 0, train_eval: str = "train"
+    model,
+    batch: dict,
+    *,
+    args: DPOConfig,
+    ref_model=None,
+    padding_value: int = 0,
+    train_eval: str = "train",
+    world: World | None = None,
+    real: int | None = None,
+    bco: dict[str, float] | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """One batch through policy, reference and loss.
 
+    Args: train_eval, "eval" puts eval_ before the metrics' names and leaves bco as it is; world, real and bco matter to
+    losses that look beyond the pair: the processes to gather aot's batch from, how many of its pairs count, and the
+    running sum and count of the rewards whose mean is BCO's δ.
+
     Returns: the loss of each pair, (B,), with gradient; and the metrics, each (B,) without, one value a pair, so that
-    sums over batches and processes are exact. With train_eval "eval" their names begin with eval_.
+    sums over batches and processes are exact.
     """
-    policy = concatenated_forward(model, batch, padding_value=padding_value)
-    reference = (None, None)
-    if not args.reference_free:
-        reference = compute_ref_log_probs(batch, policy=model, ref_model=ref_model, padding_value=padding_value)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(
-        policy["chosen_logps"],
-        policy["rejected_logps"],
-        *reference,
-        loss_type=args.loss_type,
-        beta=args.beta,
-        label_smoothing=args.label_smoothing,
-        reference_free=args.reference_free,
-        chosen_lengths=policy["chosen_lengths"],
-        rejected_lengths=policy["rejected_lengths"],
-    )
+    names = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
+    real = len(batch["prompt_input_ids"]) if real is None else real
+    common = {"padding_value": padding_value, "ld_alpha": args.ld_alpha}
+    scores = concatenated_forward(model, batch, **common, use_weighting=args.use_weighting)
+    tokens, aux_loss = scores.pop("tokens"), scores.pop("aux_loss", None)
+    reference = torch.zeros_like(scores["chosen_logps"]), torch.zeros_like(scores["rejected_logps"])
+    if needs_reference(args):
+        reference = compute_ref_log_probs(batch, policy=model, ref_model=ref_model, **common)
+    scores |= {"ref_chosen_logps": reference[0], "ref_rejected_logps": reference[1]}
+    scores |= {"margins": batch["margin"]} if "margin" in batch else {}
+
+    options, own = {name: getattr(args, name) for name in LOSS_OPTIONS}, slice(0, real)
+    if "bco_pair" in names and bco is not None:
+        if train_eval == "train":
+            update_bco(bco, scores, real, beta=args.beta, world=world)
+        options["bco_delta"] = bco["sum"] / max(bco["count"], 1.0)
+    if set(names) & set(OVER_THE_BATCH):  # all that follows is over the pairs of all processes
+        scores, own = distributed.gather_pairs(scores, real, world)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(**scores, **options)
+    parts = {}
+    if len(names) > 1:
+        alone = {**options, "loss_weights": None, "rpo_alpha": None}
+        parts = {f"loss/{name}": dpo_loss(**scores, **{**alone, "loss_type": name})[0] for name in names}
+    if set(names) & set(OVER_THE_BATCH):
+        losses = losses.mean().expand_as(losses)  # a quantile belongs to no pair
+    losses, chosen_rewards, rejected_rewards = losses[own], chosen_rewards[own], rejected_rewards[own]
+    if "weight" in batch:
+        losses = losses * batch["weight"][:real]
+    if aux_loss is not None:
+        losses = losses + distributed.unwrap(model).config.router_aux_loss_coef * aux_loss
     metrics = {
         "loss": losses,
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
         "rewards/margins": chosen_rewards - rejected_rewards,
-        "logps/chosen": policy["chosen_logps"],
-        "logps/rejected": policy["rejected_logps"],
-        "tokens": policy["tokens"],
+        "logps/chosen": scores["chosen_logps"][own],
+        "logps/rejected": scores["rejected_logps"][own],
+        "tokens": tokens[:real],
+        **{key: part[own] for key, part in parts.items()},
     }
+    if aux_loss is not None:
+        metrics["aux_loss"] = aux_loss.expand_as(losses)
     prefix = "eval_" if train_eval == "eval" else ""
     return losses, {prefix + key: value.detach() for key, value in metrics.items()}
 
@@ -360,6 +403,7 @@ def evaluate(
     world: World,
     ref_model=None,
     padding_value: int = 0,
+    bco: dict[str, float] | None = None,
     prefix: str = "eval",
     compute_metrics=None,
 ) -> dict[str, float]:
@@ -374,18 +418,19 @@ def evaluate(
         group_by_length=True,
     )
     batches = load_batches(dataset, windows, world.rank, collator, num_workers=args.dataloader_num_workers)
+    score = {"ref_model": ref_model, "args": args, "padding_value": padding_value, "world": world, "bco": bco}
     sums, rewards = defaultdict(float), []
     for window, batch in zip(windows, batches, strict=True):
         rows = window[0][world.rank]
         with precision(args, world):
             _, metrics = get_batch_loss_metrics(
-                model, to_device(batch, world.device), ref_model=ref_model, args=args, padding_value=padding_value
+                model, to_device(batch, world.device), **score, train_eval="eval", real=len(rows)
             )
         for key, values in metrics.items():
-            sums[key] += values[: len(rows)].sum()
+            sums[key.removeprefix("eval_")] += values.sum()
         sums["pairs"] += len(rows)
         if compute_metrics:
-            pairs = torch.stack([metrics["rewards/chosen"], metrics["rewards/rejected"]], dim=1)
+            pairs = torch.stack([metrics["eval_rewards/chosen"], metrics["eval_rewards/rejected"]], dim=1)
             rewards += zip(rows, pairs.tolist(), strict=False)
     result = distributed.mean_over_ranks(sums, world)
     result.pop("tokens")
@@ -419,6 +464,8 @@ def prepare_data(train_dataset, eval_dataset, processing_class, *, args: DPOConf
         raise ValueError("there is no training set: set dataset_name")
     train_source = args.dataset_name if train_dataset is None else train_dataset
     train_rows = prepare(train_source, args.dataset_train_split, args.dataset_config)
+    if "odpo" in args.loss_type and "margin" not in train_rows.column_names:
+        raise ValueError("loss_type odpo needs a number for each pair: add a column margin to the dataset")
     if args.eval_strategy == "no":
         return train_rows, {}
     eval_dataset = args.eval_dataset_name if eval_dataset is None else eval_dataset
@@ -457,11 +504,13 @@ def prepare_models(model, ref_model, peft_config, *, args: DPOConfig, world: Wor
     model.to(world.device)
 
     ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
-    if args.reference_free:
+    if not needs_reference(args):
         ref_model = None
     elif isinstance(ref_model, str):
         ref_model = models.load_model(ref_model, **{**common, **args.ref_model_init_kwargs})
-    elif ref_model is None and not (isinstance(model, PeftModel) and adapter_starts_at_zero(model)):
+    elif ref_model is None and not (
+        isinstance(model, PeftModel) and adapter_starts_at_zero(model) and not args.sync_ref_model
+    ):
         ref_model = frozen_copy(model)
     if ref_model is not None:
         ref_model.to(world.device).eval().requires_grad_(False)
@@ -477,6 +526,22 @@ def prepare_models(model, ref_model, peft_config, *, args: DPOConfig, world: Wor
 
 def pairs_per_step(args: DPOConfig, world: World) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * world.size
+
+
+def needs_reference(args: DPOConfig) -> bool:
+    names = {args.loss_type} if isinstance(args.loss_type, str) else set(args.loss_type)
+    return not args.reference_free and not names <= set(WITHOUT_REFERENCE)
+
+
+def update_bco(bco: dict[str, float], scores: dict, real: int, *, beta: float, world: World | None) -> None:
+    """Adds the rewards of this batch's pairs, chosen and rejected, of all processes, to BCO's running sum and count."""
+    with torch.no_grad():
+        ratios = [scores[f"{which}_logps"] - scores[f"ref_{which}_logps"] for which in ("chosen", "rejected")]
+        rewards = beta * torch.cat([ratio[:real] for ratio in ratios])
+    added = {"sum": float(rewards.double().sum()), "count": float(len(rewards))}
+    added = distributed.sum_over_ranks(added, world) if world else added
+    for key in bco:
+        bco[key] += added[key]
 
 
 def steps_of(value: float, total_steps: int) -> int:

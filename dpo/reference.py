@@ -46,14 +46,28 @@ def compute_ref_log_probs(
     policy: torch.nn.Module | None = None,
     ref_model: torch.nn.Module | None = None,
     padding_value: int = 0,
+    ld_alpha: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log π_ref(y_w|x), log π_ref(y_l|x)), each (B,) float32, no gradient.
 
-    Args: ref_model, scored if given; otherwise policy, a PEFT model, is scored with its adapter off.
+    Args: ref_model, scored if given; otherwise policy, a PEFT model, is scored with its adapter off. padding_value and
+    ld_alpha as in `concatenated_forward`.
     """
+    options = {"padding_value": padding_value, "ld_alpha": ld_alpha}
     if ref_model is not None:
-        scores = concatenated_forward(ref_model, batch, padding_value=padding_value)
+        scores = concatenated_forward(ref_model, batch, **options)
     else:
         with null_ref_context(policy) as base:
-            scores = concatenated_forward(base, batch, padding_value=padding_value)
+            scores = concatenated_forward(base, batch, **options)
     return scores["chosen_logps"], scores["rejected_logps"]
+
+
+@torch.no_grad()
+def sync_reference(policy: torch.nn.Module, ref_model: torch.nn.Module, *, mixup_alpha: float) -> None:
+    """TR-DPO: π_ref ← α π + (1 − α) π_ref, weight by weight, over the parameters that train; α = 1 is the hard update.
+
+    Source: Gorbatovski et al. 2024 (arXiv 2404.09656), eqs. 5 and 6.
+    """
+    for parameter, reference in zip(policy.parameters(), ref_model.parameters(), strict=True):
+        if parameter.requires_grad:
+            reference.lerp_(parameter.to(reference.dtype), mixup_alpha)

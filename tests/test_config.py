@@ -17,6 +17,7 @@ import dpo.loop
 import dpo.models
 from dpo.config import EXAMPLE, LEFT_OUT, DPOConfig, parse_args
 from dpo.loop import train
+from dpo.losses import LOSSES
 from dpo.models import disable_dropout, load_model, make_optimizer
 
 ROWS = make_rows(19)
@@ -52,6 +53,16 @@ def plain_weights(tmp_path_factory):
         {"loss_type": "hinge"},
         {"loss_type": "ipo"},
         {"label_smoothing": 0.2},
+        {"loss_type": ["sigmoid", "sft"]},
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]},
+        {"f_divergence_type": "forward_kl"},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5},
+        {"rpo_alpha": 1.0},
+        {"use_weighting": True},
+        {"ld_alpha": 0.5},
+        {"sync_ref_model": True, "ref_model_sync_steps": 1},
+        *({"loss_type": name} for name in LOSSES if name not in ("sigmoid", "hinge", "ipo", "odpo", "robust")),
+        {"loss_type": "robust", "label_smoothing": 0.2},
         {"reference_free": True},
         {"disable_dropout": False},
         {"per_device_train_batch_size": 4},
@@ -88,6 +99,32 @@ def test_option_changes_what_is_trained(options, plain_weights, tmp_path):
     trained = start(tmp_path, **options).model.state_dict()
     assert any(not torch.equal(trained[key], plain_weights[key]) for key in plain_weights)
     assert all(torch.isfinite(value).all() for value in trained.values())
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "options"),
+    [
+        ("discopop", {"discopop_tau": 0.5}),
+        ("simpo", {"simpo_gamma": 1.0}),
+        ("orpo", {"orpo_lambda": 0.9}),
+        ("cpo", {"cpo_alpha": 0.1}),
+        ("dpop", {"dpop_lambda": 1.0}),
+        ("r_dpo", {"r_dpo_alpha": 0.3}),
+        ("chipo", {"chipo_clip": 0.01}),
+        ("sigmoid", {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.2}),
+        ("sigmoid", {"sync_ref_model": True, "ref_model_sync_steps": 2}),
+    ],
+    ids=str,
+)
+def test_option_of_one_loss_changes_what_it_trains_and_is_refused_elsewhere(loss_type, options, tmp_path):
+    base = {key: value for key, value in options.items() if key == "sync_ref_model"}
+    base |= {"ref_model_sync_steps": 1} if base else {}
+    plain = start(tmp_path / "a", loss_type=loss_type, **base).model.state_dict()
+    changed = start(tmp_path / "b", loss_type=loss_type, **options).model.state_dict()
+    assert any(not torch.equal(plain[key], changed[key]) for key in plain)
+    if not base:
+        with pytest.raises(ValueError, match=f"{next(iter(options))} has no meaning for loss_type sigmoid"):
+            DPOConfig(**options)
 
 
 def test_truncation_modes_keep_different_ends(tmp_path):
@@ -499,8 +536,13 @@ def test_a_written_configuration_runs_again(tmp_path):
         (["--beta", "big"], "--beta: invalid float value: 'big'"),
         (["--beta", "0"], "beta is 0.0: it must be above 0"),
         (["--label_smoothing", "0.5"], "label_smoothing is 0.5"),
+        (["--loss_type", "aot", "--gradient_accumulation_steps", "2"], "sorts the whole batch"),
+        (["--f_alpha_divergence_coef", "0.5"], "needs f_divergence_type alpha_divergence"),
+        (["--ref_model_mixup_alpha", "0.5"], "need sync_ref_model"),
+        (["--sync_ref_model", "--reference_free"], "sync_ref_model moves the reference"),
+        (["--loss_type", "sigmoid", "sft", "--loss_weights", "1"], "loss_weights has 1 numbers for 2 losses"),
         (["--loss_type", "hinge", "--label_smoothing", "0.1"], "label_smoothing has no meaning for loss_type hinge"),
-        (["--loss_type", "best"], "loss_type is 'best': choose one of sigmoid"),
+        (["--loss_type", "best"], "loss_type 'best' is unknown: choose one of sigmoid"),
         (["--layout", "flat"], "layout is 'flat': choose one of auto, padded"),
         (["--bf16", "--fp16"], "bf16 and fp16 exclude each other"),
         (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0: it must be at least 1"),

@@ -53,7 +53,7 @@ ROWS = [
 
 def test_log_probabilities_match_closed_form_on_a_model_whose_logits_are_known():
     class Bigram(torch.nn.Module):
-        """log π(next | token) ∝ table[token, next]; it takes no logits_to_keep, as models outside transformers may not."""
+        """log π(next | token) = log softmax(table[token]); takes no logits_to_keep, as others' models may not."""
 
         def __init__(self):
             super().__init__()

@@ -126,10 +126,10 @@ def read(output_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("adapter", [(), ("--use_peft",)], ids=["full", "lora"])
+@pytest.mark.parametrize("more", ["", "--use_peft", "--loss_type aot", "--loss_type bco_pair sft"], ids=str.strip)
 @pytest.mark.slow
-def test_two_processes_equal_one_in_training_and_evaluation(tmp_path, adapter):
-    options = [*save_inputs(tmp_path), *adapter]  # 19 pairs: the last window has 3, one process gets 1 of them
+def test_two_processes_equal_one_in_training_and_evaluation(tmp_path, more):
+    options = [*save_inputs(tmp_path), *more.split()]  # 19 pairs: the last window has 3, one process gets 1 of them
     run("dpo.loop", *options, "--output_dir", "one", cwd=tmp_path)
     run("dpo.loop", *options, "--output_dir", "two", "--per_device_train_batch_size", "4", processes=2, cwd=tmp_path)
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
@@ -141,9 +141,24 @@ def test_two_processes_equal_one_in_training_and_evaluation(tmp_path, adapter):
 # -------------------------------------------------------------------------------------------------- stopping, going on
 
 
-@pytest.mark.parametrize("peft_config", [None, {"r": 4, "lora_dropout": 0.2}], ids=["full", "lora"])
-def test_resuming_ends_in_bit_identical_weights_and_the_same_metrics(tmp_path, peft_config):
-    options = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 5}
+@pytest.mark.parametrize(
+    ("peft_config", "more"),
+    [
+        (None, {}),
+        ({"r": 4, "lora_dropout": 0.2}, {}),
+        (None, {"loss_type": "bco_pair"}),
+        (None, {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}),
+        ({"r": 4}, {"sync_ref_model": True, "ref_model_sync_steps": 2}),
+    ],
+    ids=["full", "lora", "bco", "synced", "synced lora"],
+)
+def test_resuming_ends_in_bit_identical_weights_and_the_same_metrics(tmp_path, peft_config, more):
+    options = more | {
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "steps",
+        "save_steps": 5,
+    }
     options |= {"peft_config": peft_config, "gradient_accumulation_steps": 2, "logging_steps": 3, "warmup_ratio": 0.3}
     whole = start(tmp_path / "whole", **options)
 
@@ -233,7 +248,9 @@ def test_an_adapter_is_saved_alone_and_trains_on_from_there(tmp_path, model_dir)
 
 
 def test_the_run_learns_the_preference(tmp_path):
-    rows = start(tmp_path, rows=make_rows(96), num_train_epochs=3, learning_rate=5e-3, eval_rows=EVAL_ROWS, eval_strategy="epoch").rows
+    rows = start(
+        tmp_path, rows=make_rows(96), num_train_epochs=3, learning_rate=5e-3, eval_rows=EVAL_ROWS, eval_strategy="epoch"
+    ).rows
     assert rows[-1]["eval_rewards/accuracies"] == 1.0
     assert rows[-1]["eval_rewards/margins"] > 1 and rows[-1]["eval_loss"] < 0.4
 
@@ -377,3 +394,82 @@ def test_errors_on_the_command_line_are_one_line(tmp_path):
         done = run("dpo.loop", *arguments, cwd=tmp_path, check=False)
         assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
         assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+
+
+# ------------------------------------------------------------------------------------------- beyond the plain pair
+
+
+def test_parts_of_a_mixture_are_reported_by_name_and_add_up(tmp_path):
+    options = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [1.0, 0.5, 2.0], "max_steps": 3}
+    for row in start(tmp_path, **options).rows:
+        parts = row["loss/sigmoid"] + 0.5 * row["loss/bco_pair"] + 2.0 * row["loss/sft"]
+        assert row["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_weights_of_pairs_scale_their_losses_and_margins_are_odpos_offsets(tmp_path):
+    plain = start(tmp_path / "a", rows=ROWS[:8], max_steps=1).rows[0]
+    doubled = start(tmp_path / "b", rows=[{**row, "weight": 2.0} for row in ROWS[:8]], max_steps=1).rows[0]
+    assert doubled["loss"] == pytest.approx(2 * math.log(2), rel=1e-6)
+    assert doubled["rewards/margins"] == plain["rewards/margins"] == 0
+    offset = [{**row, "margin": 1.5} for row in ROWS[:8]]
+    first = start(tmp_path / "c", rows=offset, loss_type="odpo", max_steps=1).rows[0]
+    assert first["loss"] == pytest.approx(math.log1p(math.exp(1.5)), rel=1e-6)
+    with pytest.raises(ValueError, match="add a column margin"):
+        start(tmp_path / "d", loss_type="odpo")
+    with pytest.raises(ValueError, match="row 1: column 'weight' is 'much': it must be a number"):
+        start(tmp_path / "e", rows=[{**row, "weight": "much"} for row in ROWS])
+
+
+def test_bco_centres_rewards_on_their_running_mean(tmp_path):
+    """Replays δ from the logged rewards: each step's loss must be the one with the mean of all rewards so far."""
+    rows = start(tmp_path, loss_type="bco_pair", per_device_train_batch_size=1, rows=ROWS[:6], learning_rate=1e-2).rows
+    rewards = []
+
+    def softplus(z: float) -> float:
+        return max(z, 0.0) + math.log1p(math.exp(-abs(z)))
+
+    for row in rows:
+        rewards += [row["rewards/chosen"], row["rewards/rejected"]]
+        delta = sum(rewards) / len(rewards)
+        expected = softplus(-(row["rewards/chosen"] - delta)) + softplus(row["rewards/rejected"] - delta)
+        assert row["loss"] == pytest.approx(expected, abs=1e-6)
+    assert abs(delta) > 1e-4
+
+
+def test_a_synced_reference_catches_up_with_the_policy(tmp_path):
+    options = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0, "num_train_epochs": 2}
+    margins = curve(start(tmp_path, learning_rate=1e-2, **options), "rewards/chosen")
+    # Scored before the step: after steps 2 and 4 the reference is the policy, so rewards of steps 1, 3, 5 are 0.
+    assert [abs(margin) < 1e-6 for margin in margins] == [True, False] * 3
+
+
+@pytest.mark.parametrize("loss_type", ["simpo", "orpo", "cpo", "sft"])
+def test_losses_without_reference_load_none(tmp_path, loss_type, monkeypatch):
+    import dpo.loop
+
+    monkeypatch.setattr(dpo.loop, "frozen_copy", lambda policy: pytest.fail("a reference was made"))
+    row = start(tmp_path, loss_type=loss_type, max_steps=1).rows[0]
+    assert row["rewards/chosen"] == pytest.approx(0.1 * row["logps/chosen"], rel=1e-6)
+
+
+def test_router_loss_of_a_mixture_of_experts_is_added(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {
+        "vocab_size": 400,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_local_experts": 4,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.3}
+
+    def first(**config):
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, **config))
+        return start(tmp_path / str(len(config)), model=model, max_steps=1).rows[0]
+
+    row = first(output_router_logits=True)
+    assert row["aux_loss"] > 0.5
+    assert row["loss"] == pytest.approx(math.log(2) + 0.3 * row["aux_loss"], rel=1e-5)
+    assert "aux_loss" not in first()
