@@ -42,22 +42,30 @@ def save_checkpoint(
     barrier(world)
 
 
-def load_checkpoint(directory: Path, world: World, model: torch.nn.Module) -> tuple[dict, dict]:
-    """Puts the checkpoint's weights into model and its random states in force; returns (state, rank_state)."""
+def load_checkpoint(directory: Path, world: World, model: torch.nn.Module, *, same_run: dict) -> tuple[dict, dict]:
+    """Puts the checkpoint's weights into model and its random states in force; returns (state, rank_state).
+
+    Raises: ValueError if its run differs from this one in what same_run says: it could not go on exactly.
+    """
     if not (directory / "state.pt").exists():
         raise ValueError(f"resume_from_checkpoint {directory}: it has no state.pt (saved with save_only_model?)")
-    load_weights(directory, model)
     state = torch.load(directory / "state.pt", map_location="cpu", weights_only=True)
-    own = directory / f"rank-{world.rank}.pt"
-    own = own if own.exists() else directory / "rank-0.pt"  # more processes than before: only dropout can tell
-    rank_state = torch.load(own, map_location="cpu", weights_only=True)
+    if state["same_run"] != same_run:
+        differing = [key for key in same_run if same_run[key] != state["same_run"].get(key)]
+        told = ", ".join(f"{key} {state['same_run'].get(key)} (now {same_run[key]})" for key in differing)
+        raise ValueError(f"resume_from_checkpoint {directory}: it is of another run, with {told}")
+    load_weights(directory, model)
+    rank_state = torch.load(directory / f"rank-{world.rank}.pt", map_location="cpu", weights_only=True)
     _set_random_states(rank_state.pop("random"))
     return state, rank_state
 
 
 def load_weights(directory: Path, model: torch.nn.Module) -> None:
     """Overwrites the weights of model (of its adapter, for PEFT) with those saved in directory."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     if isinstance(model, PeftModel):
+        if (directory / model.active_adapter).is_dir():  # PEFT saves an adapter that has a name in a folder of its own
+            directory = directory / model.active_adapter
         set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"), model.active_adapter)
     else:
         saved = type(model).from_pretrained(directory, dtype=model.dtype)
@@ -124,6 +132,7 @@ def better_of(best: dict | None, row: dict, *, metric: str, greater: bool) -> di
 
 
 def refuse_to_overwrite(output_dir: Path) -> None:
+    """Raises ValueError if output_dir holds a run."""
     if (output_dir / "metrics.jsonl").exists() or checkpoints(output_dir):
         raise ValueError(
             f"output_dir {output_dir} holds a run: name another, go on with it (--resume_from_checkpoint true) "
@@ -132,9 +141,17 @@ def refuse_to_overwrite(output_dir: Path) -> None:
 
 
 def clear_output(output_dir: Path) -> None:
-    """Makes output_dir, and removes what an earlier run left there that a new one could take for its own."""
+    """Makes output_dir, and removes what an earlier run left there that could be taken for the new one's."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        (output_dir / name).unlink(missing_ok=True)
-    for path in checkpoints(output_dir):
+    for pattern in ("metrics.jsonl", "samples.jsonl", "adapter_*", "model*.safetensors*"):
+        for path in output_dir.glob(pattern):
+            path.unlink()
+    for path in (*checkpoints(output_dir), *output_dir.glob("checkpoint-*.unfinished")):
         shutil.rmtree(path)
+
+
+def drop_later(output_dir: Path, step: int) -> None:
+    """Removes the checkpoints of output_dir beyond a step: a run that goes on from there makes its own."""
+    for path in checkpoints(output_dir):
+        if step_of(path) > step:
+            shutil.rmtree(path)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, SchedulerType
 
-from dpo.losses import OVER_THE_BATCH, check_loss
+from dpo.losses import OVER_THE_BATCH, WITHOUT_REFERENCE, check_loss
 
 EXAMPLE = Path(__file__).parent / "example" / "config.yaml"
 
@@ -29,7 +29,7 @@ class DPOConfig:
     """All options of a run. Lengths are in tokens; batch sizes in preference pairs; steps are optimizer steps."""
 
     # ---- model
-    model_name_or_path: str | None = option(None, "Policy to train: Hub name or directory (a LoRA adapter's, too).")
+    model_name_or_path: str | None = option(None, "Policy to train: Hub name or directory, a LoRA adapter's too.")
     ref_model_name_or_path: str | None = option(None, "Reference model; by default the policy as it is at the start.")
     model_revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.")
     dtype: str = option("float32", "Of the weights: float32, bfloat16, float16, or auto (as saved).")
@@ -100,7 +100,7 @@ class DPOConfig:
     warmup_ratio: float = option(0.0, "Share of all steps in which the learning rate rises from 0.")
     warmup_steps: int = option(0, "The same as a number of steps; it wins over warmup_ratio.")
     optim: str = option("adamw_torch", "adamw_torch, adamw_8bit, paged_adamw_8bit (bitsandbytes), rmsprop, sgd.")
-    weight_decay: float = option(0.0, "Decoupled weight decay; not on biases and norms.")
+    weight_decay: float = option(0.0, "Weight decay, decoupled in AdamW; not on biases and norms.")
     adam_beta1: float = option(0.9, "Decay of Adam's mean of gradients.")
     adam_beta2: float = option(0.999, "Decay of Adam's mean of squared gradients.")
     adam_epsilon: float = option(1e-8, "Added to the root of that mean.")
@@ -148,6 +148,10 @@ class DPOConfig:
     ddp_find_unused_parameters: bool = option(False, "For models that leave some trained parameters out of a step.")
 
     def __post_init__(self):
+        self.output_dir = str(self.output_dir)
+        for name in ("eval_strategy", "save_strategy"):
+            if getattr(self, name) in (False, "False", "false"):  # YAML reads a bare no as false
+                setattr(self, name, "no")
         if isinstance(self.loss_type, list) and len(self.loss_type) == 1:
             self.loss_type = self.loss_type[0]
         for name in ("report_to", "lora_target_modules", "lora_modules_to_save"):
@@ -168,7 +172,8 @@ class DPOConfig:
             self.eval_dataset_name = _parse_json("eval_dataset_name", self.eval_dataset_name)
         if self.resume_from_checkpoint in (False, "false", "False"):
             self.resume_from_checkpoint = None
-        if self.metric_for_best_model and not self.metric_for_best_model.startswith("eval_"):
+        self.metric_for_best_model = self.metric_for_best_model or "eval_loss"
+        if not self.metric_for_best_model.startswith("eval_"):
             self.metric_for_best_model = f"eval_{self.metric_for_best_model}"
         if self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
@@ -209,6 +214,9 @@ class DPOConfig:
         for name in ("adam_beta1", "adam_beta2", "lora_dropout", "warmup_ratio"):
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be below 1")
+        for name in ("ld_alpha", "ref_model_mixup_alpha"):
+            if (getattr(self, name) or 0) > 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at most 1")
         names = check_loss(
             self.loss_type,
             loss_weights=self.loss_weights,
@@ -219,16 +227,13 @@ class DPOConfig:
         conflicts = (
             (self.bf16 and self.fp16, "bf16 and fp16 exclude each other: keep one"),
             (
-                self.f_alpha_divergence_coef != 1.0 and self.f_divergence_type != "alpha_divergence",
-                "f_alpha_divergence_coef needs f_divergence_type alpha_divergence",
+                self.fp16 and self.dtype == "float16",
+                "fp16 needs weights of a wider dtype, for small updates: leave dtype at float32",
             ),
             (
-                not self.sync_ref_model and (self.ref_model_mixup_alpha != 0.9 or self.ref_model_sync_steps != 64),
-                "ref_model_mixup_alpha and ref_model_sync_steps need sync_ref_model",
-            ),
-            (
-                self.ref_model_mixup_alpha > 1,
-                f"ref_model_mixup_alpha is {self.ref_model_mixup_alpha}: it must be at most 1",
+                set(names) <= set(WITHOUT_REFERENCE)
+                and (self.sync_ref_model or self.ref_model_name_or_path is not None),
+                f"loss_type {', '.join(names)} has no reference: leave out sync_ref_model and ref_model_name_or_path",
             ),
             (
                 self.gradient_accumulation_steps > 1 and bool(set(names) & set(OVER_THE_BATCH)),
@@ -258,22 +263,8 @@ class DPOConfig:
                 "load_best_model_at_end needs every checkpoint evaluated: set eval_strategy and save_strategy alike",
             ),
             (
-                self.load_best_model_at_end
-                and self.save_strategy == "steps"
-                and self.save_steps % (self.eval_steps or self.logging_steps) != 0,
-                "load_best_model_at_end needs every checkpoint evaluated: make save_steps a multiple of eval_steps",
-            ),
-            (
-                not self.use_peft and (self.lora_target_modules or self.lora_modules_to_save),
-                "lora_target_modules and lora_modules_to_save need use_peft",
-            ),
-            (
                 self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
                 f"lr_scheduler_type {self.lr_scheduler_type} follows a metric at every step: choose one that does not",
-            ),
-            (
-                self.dataloader_prefetch_factor is not None and self.dataloader_num_workers == 0,
-                "dataloader_prefetch_factor needs dataloader_num_workers above 0",
             ),
         )
         belongs_to = {
@@ -289,6 +280,27 @@ class DPOConfig:
         for name, loss in belongs_to.items():
             if getattr(self, name) != defaults[name] and loss not in names:
                 raise ValueError(f"{name} has no meaning for loss_type {', '.join(names)}: it belongs to {loss}")
+        needs = {
+            "lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save": (self.use_peft, "use_peft"),
+            "torch_compile_backend torch_compile_mode": (self.torch_compile, "torch_compile"),
+            "gradient_checkpointing_kwargs": (self.gradient_checkpointing, "gradient_checkpointing"),
+            "sample_reward num_samples max_new_tokens": (self.generate_during_eval, "generate_during_eval"),
+            "eval_steps": (self.eval_strategy == "steps", "eval_strategy steps"),
+            "adam_beta1 adam_beta2 adam_epsilon": (self.optim.startswith(("adam", "paged_adam")), "an AdamW optim"),
+            "dataloader_prefetch_factor": (self.dataloader_num_workers > 0, "dataloader_num_workers above 0"),
+            "f_alpha_divergence_coef": (
+                self.f_divergence_type == "alpha_divergence",
+                "f_divergence_type alpha_divergence",
+            ),
+            "ref_model_mixup_alpha ref_model_sync_steps": (self.sync_ref_model, "sync_ref_model"),
+        }
+        for options, (is_there, need) in needs.items():
+            for name in options.split():
+                if not is_there and getattr(self, name) not in (defaults[name], {}):
+                    raise ValueError(f"{name} does nothing without {need}: add that, or leave it out")
+        if self.lr_scheduler_type not in [kind.value for kind in SchedulerType]:
+            known = ", ".join(kind.value for kind in SchedulerType)
+            raise ValueError(f"lr_scheduler_type is {self.lr_scheduler_type!r}: choose one of {known}")
         for conflict, words in conflicts:
             if conflict:
                 raise ValueError(words)
@@ -333,7 +345,8 @@ LEFT_OUT = (
     ("bf16_full_eval fp16_full_eval", "evaluation computes as training does, or the rewards would not compare"),
     ("local_rank", "torchrun says which process this is"),
     ("remove_unused_columns length_column_name", "extra columns are always ignored, and lengths are counted"),
-    ("dataloader_pin_memory dataloader_persistent_workers", "both are done wherever they help"),
+    ("dataloader_pin_memory", "batches are pinned wherever there is a GPU"),
+    ("dataloader_persistent_workers", "workers live for one epoch"),
     ("ignore_data_skip", "resuming takes up the order of the data at no cost"),
     ("include_tokens_per_second include_num_input_tokens_seen", "every metrics row has both"),
     ("average_tokens_across_devices", "the loss is always the mean over all pairs of all processes"),

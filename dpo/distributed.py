@@ -99,6 +99,15 @@ def gather_lists(values: list, world: World) -> list:
     return [value for part in gathered for value in part]
 
 
+def from_first(value, world: World):
+    """The first process's value, in all of them."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
 def barrier(world: World) -> None:
     if world.size > 1:
         dist.barrier()

@@ -26,9 +26,11 @@ def token_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def sum_by_owner(values: torch.Tensor, owner: torch.Tensor, sequences: int) -> torch.Tensor:
     """Adds up the values of each sequence: out[s] = Σ_{m: owner[m] = s} values[m].
 
-    Args: values (M,); owner (M,) int64 in 0 … sequences − 1. Returns: (sequences,), 0 where a sequence owns nothing.
+    Args: values (M,); owner (M,) int64 in 0 … sequences − 1. Returns: (sequences,) in the dtype of values, 0 where a
+    sequence owns nothing. Added up in float64: in float32 a completion of 70 tokens is off by 2e-4 nats.
     """
-    return values.new_zeros(sequences).index_add(0, owner, values)
+    total = torch.zeros(sequences, dtype=torch.float64, device=values.device)
+    return total.index_add(0, owner, values.double()).to(values.dtype)
 
 
 def ld_weights(owner: torch.Tensor, lengths: torch.Tensor, *, ld_alpha: float) -> torch.Tensor:
@@ -106,8 +108,9 @@ def concatenated_forward(
 
 
 def accepts_logits_to_keep(model: torch.nn.Module) -> bool:
-    """Whether the model can leave out logits itself. Looks through DDP's and PEFT's wrappers, whose forward takes
-    anything; a compiled or accelerated model keeps its signature."""
+    """Whether the model can leave out logits itself. Looks through the wrappers of DDP, torch.compile and PEFT, whose
+    forward takes anything."""
     model = getattr(model, "module", model)
+    model = getattr(model, "_orig_mod", model)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     return "logits_to_keep" in inspect.signature(model.forward).parameters

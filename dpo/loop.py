@@ -89,22 +89,25 @@ def train(
     resume = checkpoint.find_checkpoint(args.resume_from_checkpoint, output_dir)
     if resume is None and not args.overwrite_output_dir:
         checkpoint.refuse_to_overwrite(output_dir)
-    reward = sampling.load_reward(args.sample_reward)
+    if resume is not None and resume.parent.resolve() != output_dir.resolve() and not args.overwrite_output_dir:
+        checkpoint.refuse_to_overwrite(output_dir)
+    reward, trackers = sampling.load_reward(args.sample_reward), report.import_trackers(args.report_to)
     set_seed(args.seed, deterministic=args.full_determinism)
     if args.tf32 is not None:
         torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
 
     # ---- rows of token ids
-    model = model_init() if model_init else model or args.model_name_or_path
     if model is None:
-        raise ValueError("there is no model: set model_name_or_path")
-    name = model if isinstance(model, str) else model.config._name_or_path or None
-    if name is None and processing_class is None:
-        raise ValueError("a model that was not loaded from a name or path needs a processing_class, its tokenizer")
-    hub = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
-    processing_class = processing_class or models.load_tokenizer(name, **hub)
+        model = model_init() if model_init else args.model_name_or_path
+    model = str(model) if isinstance(model, Path) else model
+    name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    check_arguments(model, ref_model, optimizers, processing_class or name, args=args)
+    if processing_class is None:
+        hub = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+        processing_class = models.load_tokenizer(name, **hub)
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
     train_rows, eval_sets = prepare_data(train_dataset, eval_dataset, processing_class, args=args, world=world)
-    padding_value = args.padding_value if args.padding_value is not None else processing_class.pad_token_id or 0
+    padding_value = args.padding_value if args.padding_value is not None else tokenizer.pad_token_id or 0
     collator = data_collator or DataCollatorForPreference(pad_token_id=padding_value)
 
     # ---- policy and reference, equal before the first step unless the caller wants it otherwise
@@ -124,7 +127,7 @@ def train(
     # ---- steps, optimizer, learning rate
     def plan(epoch: int):
         return epoch_windows(
-            train_rows["length"],
+            train_rows["length"][:],
             batch_size=args.per_device_train_batch_size,
             accumulation=args.gradient_accumulation_steps,
             world_size=world.size,
@@ -160,14 +163,14 @@ def train(
 
     # ---- where it goes on from, and where it writes
     stateful = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-    same_run = {"rows": len(train_rows), "pairs_per_step": pairs_per_step(args, world), "steps": total_steps}
+    same_run = {"rows": len(train_rows), "steps": total_steps, "processes": world.size}
+    exact = (
+        "per_device_train_batch_size gradient_accumulation_steps learning_rate beta loss_type seed data_seed".split()
+    )
+    same_run |= {option: getattr(args, option) for option in exact}
     step, tokens_seen, best, sums = 0, 0, None, defaultdict(float)
     if resume:
-        state, rank_state = checkpoint.load_checkpoint(resume, world, policy)
-        if state["same_run"] != same_run:
-            raise ValueError(
-                f"resume_from_checkpoint {resume}: it is of a run with {state['same_run']}, this has {same_run}"
-            )
+        state, rank_state = checkpoint.load_checkpoint(resume, world, policy, same_run=same_run)
         for key, thing in stateful.items():
             thing.load_state_dict(state[key])
         step, tokens_seen, best = state["step"], state["tokens_seen"], state["best"]
@@ -177,11 +180,15 @@ def train(
         sums.update(rank_state["sums"])
     rows, receivers = [], []
     if world.rank == 0:
-        if not resume:
+        if resume:
+            checkpoint.drop_later(output_dir, step)
+        else:
             checkpoint.clear_output(output_dir)
-        options = report.write_config(output_dir, {**dataclasses.asdict(args), "model_name_or_path": name})
+        given = {"model_name_or_path": name, "dataset_name": train_dataset, "eval_dataset_name": eval_dataset}
+        given = {key: value for key, value in given.items() if isinstance(value, str)}
+        options = report.write_config(output_dir, {**dataclasses.asdict(args), **given})
         rows = report.read_rows(output_dir / "metrics.jsonl", up_to_step=step)
-        trackers = report.open_trackers(args.report_to, run_name=args.run_name, output_dir=output_dir, config=options)
+        trackers = report.open_trackers(trackers, run_name=args.run_name, output_dir=output_dir, config=options)
         receivers = [report.row_writer(output_dir / "metrics.jsonl"), *trackers, *(callbacks or [])]
         logger.info("%d pairs, %d steps of %d pairs", len(train_rows), total_steps, pairs_per_step(args, world))
     bar = tqdm(total=total_steps, initial=step, desc="DPO", disable=args.disable_tqdm or world.rank > 0)
@@ -203,7 +210,7 @@ def train(
                     policy,
                     first.select(range(min(args.num_samples, len(first)))),
                     collator,
-                    processing_class,
+                    tokenizer,
                     ref_model=ref_model,
                     reference_free=not needs_reference(args),
                     reward=reward,
@@ -212,6 +219,7 @@ def train(
                     seed=args.seed,
                     file=output_dir / "samples.jsonl",
                 )
+        row = distributed.from_first(row, world)  # sampled answers are known there only
         record(row)
         return row
 
@@ -237,9 +245,9 @@ def train(
                     loss = losses.sum() * world.size / pairs
                     scaler.scale(loss).backward()
                 for key, values in metrics.items():
-                    sums[key] += values.sum()
+                    sums[key] += values.double().sum()
                 sums["pairs"] += real
-                if step == 0 and number == 0 and starts_equal:
+                if step == 0 and number == 0 and starts_equal and real:
                     check_rewards_are_zero(metrics, args=args)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or math.inf)
@@ -251,6 +259,8 @@ def train(
                 sync_reference(policy, ref_model, mixup_alpha=args.ref_model_mixup_alpha)
             # -------------------------------------------------------------------------------------------------------
             step += 1
+            if world.device.type == "cuda" and (step == 1 or step % log_every == 0):
+                torch.cuda.synchronize()  # or the seconds would be those of queueing the work
             sums["seconds"] += time.perf_counter() - started
             bar.update()
             is_last = step == total_steps
@@ -275,14 +285,15 @@ def train(
                 bar.set_postfix({label: f"{row[key]:.3f}" for label, key in shown.items()})
 
             boundary = {"no": False, "epoch": step % steps_per_epoch == 0 or is_last}
+            saves = boundary.get(args.save_strategy, step % save_every == 0 or is_last)
             if boundary.get(args.eval_strategy, step % eval_every == 0 or is_last):
                 row = evaluate_now()
                 policy.train()
-                if args.load_best_model_at_end:
+                if args.load_best_model_at_end and saves:
                     best = checkpoint.better_of(
                         best, row, metric=args.metric_for_best_model, greater=args.greater_is_better
                     )
-            if boundary.get(args.save_strategy, step % save_every == 0 or is_last):
+            if saves:
                 state = {key: thing.state_dict() for key, thing in stateful.items()}
                 state |= {"step": step, "tokens_seen": tokens_seen, "best": best, "same_run": same_run, "bco": bco}
                 if args.sync_ref_model:  # what it shares with the policy is not written twice
@@ -320,6 +331,24 @@ def train(
         logger.info("Saved in %s: the model, metrics.jsonl, rewards.png, config.yaml, README.md", output_dir)
     distributed.barrier(world)
     return Run(policy.eval(), processing_class, rows, output_dir)
+
+
+def check_arguments(model, ref_model, optimizers, tokenizer_source, *, args: DPOConfig) -> None:
+    """Refuses arguments of `train` that contradict each other, before anything is loaded."""
+    if model is None:
+        raise ValueError("there is no model: set model_name_or_path")
+    if tokenizer_source is None:
+        raise ValueError("a model that was not loaded from a name or path needs a processing_class, its tokenizer")
+    if not isinstance(model, str):
+        for option in ("dtype", "attn_implementation", "model_revision", "model_init_kwargs"):
+            if getattr(args, option) != getattr(DPOConfig(), option):
+                raise ValueError(f"{option} does nothing for a model that is loaded already: leave it out")
+    if ref_model is model and not isinstance(model, str):
+        raise ValueError("ref_model is the model itself, which will train: leave it out, or pass a copy")
+    if ref_model is not None and not needs_reference(args):
+        raise ValueError(f"loss_type {args.loss_type} and reference_free have no use for a ref_model: leave it out")
+    if optimizers[1] is not None and optimizers[0] is None:
+        raise ValueError("optimizers has a scheduler without its optimizer: pass both, or the optimizer alone")
 
 
 # ------------------------------------------------------------------------------------------------- scoring and sampling
@@ -411,7 +440,7 @@ def evaluate(
     size and the number of processes; and those of compute_metrics. Keys begin with prefix."""
     model.eval()
     windows = epoch_windows(
-        dataset["length"],
+        dataset["length"][:],
         batch_size=args.per_device_eval_batch_size,
         world_size=world.size,
         shuffle=False,
@@ -427,7 +456,7 @@ def evaluate(
                 model, to_device(batch, world.device), **score, train_eval="eval", real=len(rows)
             )
         for key, values in metrics.items():
-            sums[key.removeprefix("eval_")] += values.sum()
+            sums[key.removeprefix("eval_")] += values.double().sum()
         sums["pairs"] += len(rows)
         if compute_metrics:
             pairs = torch.stack([metrics["eval_rewards/chosen"], metrics["eval_rewards/rejected"]], dim=1)
@@ -449,7 +478,7 @@ def prepare_data(train_dataset, eval_dataset, processing_class, *, args: DPOConf
 
     def prepare(source, split: str, subset: str | None = None) -> datasets.Dataset:
         with distributed.first_process_first(world):
-            return prepare_dataset(
+            rows = prepare_dataset(
                 load_preferences(source, split=split, subset=subset),
                 processing_class,
                 max_prompt_length=args.max_prompt_length,
@@ -459,18 +488,24 @@ def prepare_data(train_dataset, eval_dataset, processing_class, *, args: DPOConf
                 skip_bad_rows=args.skip_bad_rows,
                 num_proc=args.dataset_num_proc,
             )
+        if "odpo" in args.loss_type and "margin" not in rows.column_names:
+            raise ValueError("loss_type odpo needs a number for each pair: add a column margin to the dataset")
+        return rows
 
     if train_dataset is None and args.dataset_name is None:
         raise ValueError("there is no training set: set dataset_name")
     train_source = args.dataset_name if train_dataset is None else train_dataset
     train_rows = prepare(train_source, args.dataset_train_split, args.dataset_config)
-    if "odpo" in args.loss_type and "margin" not in train_rows.column_names:
-        raise ValueError("loss_type odpo needs a number for each pair: add a column margin to the dataset")
     if args.eval_strategy == "no":
         return train_rows, {}
     eval_dataset = args.eval_dataset_name if eval_dataset is None else eval_dataset
     if eval_dataset is not None:
         eval_sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+        best = args.metric_for_best_model
+        if args.load_best_model_at_end and not any(best.startswith(f"eval_{label}") for label in eval_sets):
+            raise ValueError(
+                f"metric_for_best_model {best} is of none of {', '.join(eval_sets)}: name it eval_NAME_loss"
+            )
         return train_rows, {label: prepare(source, args.dataset_test_split) for label, source in eval_sets.items()}
     if not isinstance(train_source, str) or Path(train_source).is_file():
         raise ValueError("eval_strategy needs something to evaluate on: set eval_dataset_name, or eval_strategy to no")

@@ -70,7 +70,7 @@ def discopop_loss(h: torch.Tensor, *, beta: float = 0.1, discopop_tau: float = 0
 
     Not convex. m e^(−βh) is taken as exp(log m − βh): e^(−βh) alone overflows where m makes it nothing.
 
-    Args: h (B,). Returns: (B,). Needs: capped_exp (for τ > 1). Source: Lu et al. 2024 (arXiv 2406.08414), eq. 5.
+    Args: h (B,). Returns: (B,). Needs: capped_exp. Source: Lu et al. 2024 (arXiv 2406.08414), eq. 5.
     """
     exponential = capped_exp(F.logsigmoid(beta * h / discopop_tau) - beta * h)
     return -torch.sigmoid(-beta * h / discopop_tau) * F.logsigmoid(beta * h) + exponential
@@ -99,7 +99,7 @@ def r_dpo_loss(
 
     Args: h, lengths (B,). Returns: (B,). Source: Park et al. 2024 (arXiv 2403.19159), eq. 9.
     """
-    return -F.logsigmoid(beta * h + alpha * (chosen_lengths - rejected_lengths))
+    return -F.logsigmoid(beta * h + alpha * (chosen_lengths - rejected_lengths).to(h.dtype))
 
 
 # ---------------------------------------------------------------------------------- losses of w and l, each by itself
@@ -351,7 +351,10 @@ def check_loss(
     f_divergence_type: str = "reverse_kl",
     reference_free: bool = False,
 ) -> list[str]:
-    """The names of a loss or a mixture, as a list. Raises: ValueError for a combination that has no meaning."""
+    """The names of a loss or a mixture, as a list. Needs: this whole file.
+
+    Raises: ValueError for a combination that has no meaning.
+    """
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
     for name in names:
         if name not in LOSSES:

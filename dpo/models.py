@@ -19,17 +19,24 @@ def load_model(name: str, *, dtype: str = "float32", **kwargs) -> torch.nn.Modul
     Raises: ValueError in one line if there is no such model.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    adapter = Path(name) / "adapter_config.json"
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else name
+    base = adapter_base(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(base or name, dtype=dtype, **kwargs)
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"cannot load the model {str(base)!r}: {first_line(error)}") from error
-    return PeftModel.from_pretrained(model, name, is_trainable=True) if adapter.exists() else model
+        raise ValueError(f"cannot load the model {str(base or name)!r}: {first_line(error)}") from error
+    return PeftModel.from_pretrained(model, name, is_trainable=True) if base else model
+
+
+def adapter_base(name: str) -> str | None:
+    """The base model of a directory that holds a PEFT adapter; None for any other name."""
+    path = Path(name) / "adapter_config.json"
+    return json.loads(path.read_text())["base_model_name_or_path"] if path.exists() else None
 
 
 def load_tokenizer(name: str, **kwargs):
     """The tokenizer of a model; where it has no padding token, its EOS serves as one (masks tell them apart)."""
+    if adapter_base(name) and not (Path(name) / "tokenizer_config.json").exists():
+        name = adapter_base(name)  # PEFT itself saves an adapter without its tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, **{key: value for key, value in kwargs.items() if value is not None}
@@ -43,14 +50,20 @@ def load_tokenizer(name: str, **kwargs):
 
 def add_adapter(model: torch.nn.Module, peft_config) -> torch.nn.Module:
     """Wraps a model so that only the adapter of peft_config (a peft.PeftConfig, or a dict of LoraConfig's) trains."""
+    if isinstance(model, PeftModel):
+        raise ValueError("the model has an adapter already, which trains on: leave out use_peft and peft_config")
     peft_config = LoraConfig(task_type="CAUSAL_LM", **peft_config) if isinstance(peft_config, dict) else peft_config
+    if peft_config.is_prompt_learning:
+        raise ValueError("prompt learning puts tokens before the text, which moves the completion: use LoRA")
     return get_peft_model(model, peft_config)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
     """Sets every dropout probability of a model to 0: nn.Dropout's, and the numbers that attention layers and
-    configurations hold. Dropout noise on one side of log π/π_ref would be noise in the reward."""
-    for module in model.modules():
+    configurations hold. Dropout noise on one side of log π/π_ref would be noise in the reward. Adapters keep theirs."""
+    for path, module in model.named_modules():
+        if "lora_dropout" in path:
+            continue
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for holder in (module, getattr(module, "config", None)):

@@ -15,7 +15,7 @@ from matplotlib import pyplot  # noqa: E402 (after the backend that needs no scr
 def append_row(path: Path, row: dict) -> None:
     """One JSON object a line."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(row, default=float) + "\n")
 
 
 def row_writer(path: Path) -> Callable[[dict], None]:
@@ -25,9 +25,14 @@ def row_writer(path: Path) -> Callable[[dict], None]:
 def write_config(output_dir: Path, options: dict) -> dict:
     """Writes config.yaml, which runs it again from anywhere: local paths are made absolute, resuming is left out."""
     options = options | {"resume_from_checkpoint": None}
+
+    def absolute(value):
+        if isinstance(value, dict):
+            return {key: absolute(item) for key, item in value.items()}
+        return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
+
     for key in ("model_name_or_path", "ref_model_name_or_path", "dataset_name", "eval_dataset_name"):
-        if isinstance(options[key], str) and Path(options[key]).exists():
-            options[key] = str(Path(options[key]).resolve())
+        options[key] = absolute(options[key])
     (output_dir / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
     return options
 
@@ -36,7 +41,9 @@ def read_rows(path: Path, *, up_to_step: int) -> list[dict]:
     """The metrics rows of a run up to a step, which it is about to go on from; the file is cut to them."""
     if not path.exists():
         return []
-    rows = [row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()) if row["step"] <= up_to_step]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    whole = [line for line in lines if line.endswith("}")]  # the last one may have been cut short
+    rows = [row for row in map(json.loads, whole) if row["step"] <= up_to_step]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return rows
 
@@ -45,12 +52,12 @@ def plot_rewards(rows: list[dict], path: Path) -> None:
     """The reward graph: chosen, rejected and margin on the left, accuracy on the right; evaluations are dots."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axes, names in ((left, ("margins", "chosen", "rejected")), (right, ("accuracies",))):
-        for name in names:
-            for prefix, style in (("", "-"), ("eval_", "o")):
-                key = f"{prefix}rewards/{name}"
+        for key in dict.fromkeys(key for row in rows for key in row):
+            start, _, name = key.partition("rewards/")
+            if name in names:
                 points = [(row["step"], row[key]) for row in rows if key in row]
-                if points:
-                    axes.plot(*zip(*points, strict=True), style, color=f"C{names.index(name)}", label=prefix + name)
+                style = "o" if start else "-"
+                axes.plot(*zip(*points, strict=True), style, color=f"C{names.index(name)}", label=start + name)
         axes.set_xlabel("optimizer step")
         axes.legend()
         axes.grid(alpha=0.3)
@@ -62,16 +69,23 @@ def plot_rewards(rows: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-def open_trackers(names: list[str] | None, *, run_name: str | None, output_dir: Path, config: dict) -> list[Callable]:
-    """Functions that send a metrics row to tensorboard, wandb or trackio, where these are installed."""
-    trackers = []
+def import_trackers(names: list[str] | None) -> dict:
+    """The packages that report_to names. Raises: ValueError for an unknown or a missing one."""
+    modules = {}
     for name in names or []:
         if name not in ("tensorboard", "wandb", "trackio"):
             raise ValueError(f"report_to {name!r} is unknown: choose tensorboard, wandb or trackio")
         try:
-            module = importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
+            modules[name] = importlib.import_module("torch.utils.tensorboard" if name == "tensorboard" else name)
         except ImportError as error:
             raise ValueError(f"report_to {name} needs the package {name}: pip install {name}") from error
+    return modules
+
+
+def open_trackers(modules: dict, *, run_name: str | None, output_dir: Path, config: dict) -> list[Callable]:
+    """Functions that send a metrics row to each of the trackers of `import_trackers`."""
+    trackers = []
+    for name, module in modules.items():
         if name == "tensorboard":
             writer = module.SummaryWriter(output_dir / "tensorboard")
             trackers.append(lambda row, writer=writer: _write_scalars(writer, row))

@@ -42,7 +42,7 @@ def load_preferences(
         return {str(path): _read_file(path)}
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         saved = load_from_disk(str(path))
-        return {str(path): saved if isinstance(saved, Dataset) else _pick_split(saved, split, path)}
+        return {str(path): _pick_split({"train": saved} if isinstance(saved, Dataset) else saved, split, path)}
     if path.is_dir():
         try:
             splits = load_dataset_builder(str(path), subset).config.data_files
@@ -77,7 +77,9 @@ def _from_list(rows: list[dict]) -> Dataset:
     try:
         return Dataset.from_dict(columns)
     except Exception:  # a column of mixed kinds: keep each value as it is, and let the row that is wrong be named
-        columns = {key: columns[key] for key in ("prompt", "chosen", "rejected", "tools") if key in columns}
+        columns = {
+            key: columns[key] for key in ("prompt", "chosen", "rejected", "tools", "margin", "weight") if key in columns
+        }
         return Dataset.from_dict(columns, features=Features(dict.fromkeys(columns, Json())))
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.config import DPOConfig
 from dpo.loop import evaluate, get_batch_loss_metrics, train
-from dpo.models import load_model
+from dpo.models import load_model, load_tokenizer
 
 ROWS, EVAL_ROWS = make_rows(24), make_rows(7, seed=1)
 
@@ -126,6 +126,18 @@ def read(output_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
+def test_a_process_without_any_row_runs_along_and_all_agree_on_the_best(tmp_path):
+    options = save_inputs(tmp_path)[:-3]
+    (tmp_path / "train.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    options += ["--generate_during_eval", "--num_samples", "2", "--max_new_tokens", "4", "--save_strategy", "epoch"]
+    options += ["--sample_reward", "scored:length", "--load_best_model_at_end", "--use_cpu"]
+    (tmp_path / "scored.py").write_text("def length(prompt, answer):\n    return len(answer)\n")
+    best = ["--metric_for_best_model", "samples/policy_reward", "--output_dir", "two"]
+    run("dpo.loop", *options, *best, processes=2, cwd=tmp_path)
+    assert len(read(tmp_path / "two")) == 2 + 2 and (tmp_path / "two" / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("more", ["", "--use_peft", "--loss_type aot", "--loss_type bco_pair sft"], ids=str.strip)
 @pytest.mark.slow
 def test_two_processes_equal_one_in_training_and_evaluation(tmp_path, more):
@@ -190,7 +202,7 @@ def test_a_reference_is_never_rebuilt_from_the_policys_checkpoint(tmp_path):
 
 def test_resuming_another_run_is_refused(tmp_path):
     start(tmp_path, save_strategy="steps")
-    with pytest.raises(ValueError, match="resume_from_checkpoint .*'rows': 24"):
+    with pytest.raises(ValueError, match="it is of another run, with rows 24 .now 20."):
         start(tmp_path, rows=ROWS[:20], resume_from_checkpoint="true")
     with pytest.raises(ValueError, match="there is no checkpoint"):
         start(tmp_path / "none", resume_from_checkpoint="true")
@@ -206,8 +218,45 @@ def test_an_earlier_run_is_not_overwritten_unless_asked_for(tmp_path):
     with pytest.raises(ValueError, match="column 'chosen'"):  # bad input comes before anything is deleted
         start(tmp_path, rows=[{"prompt": "a", "rejected": "b"}], overwrite_output_dir=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+    with pytest.raises(ValueError, match="report_to 'wandbb' is unknown"):
+        start(tmp_path, max_steps=1, report_to=["wandbb"], overwrite_output_dir=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
     start(tmp_path, max_steps=2, overwrite_output_dir=True)
     assert not list(tmp_path.glob("checkpoint-*")) and len(read(tmp_path)) == 2
+
+
+def test_a_full_model_is_not_hidden_by_an_earlier_runs_adapter(tmp_path, model_dir):
+    start(tmp_path, model=str(model_dir), use_peft=True, max_steps=1, save_strategy="steps")
+    full = start(tmp_path, model=str(model_dir), max_steps=1, overwrite_output_dir=True).model
+    assert same(weights(full), weights(load_model(str(tmp_path))))
+
+
+def test_going_on_from_an_older_checkpoint_drops_the_abandoned_ones(tmp_path):
+    options = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 1}
+    start(tmp_path, **options)
+
+    class Stop(Exception):
+        pass
+
+    def stop(row):
+        if row["step"] == 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        older = str(tmp_path / "checkpoint-2")
+        start(tmp_path, resume_from_checkpoint=older, callbacks=[stop], save_total_limit=1, **options)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    with pytest.raises(ValueError, match="holds a run"):  # another directory's run is not gone on with over this one
+        start(tmp_path / "other", **options)
+        start(tmp_path, resume_from_checkpoint=str(tmp_path / "other" / "checkpoint-2"), **options)
+
+
+def test_a_metrics_row_that_was_cut_short_does_not_keep_a_run_from_going_on(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    start(tmp_path, **options)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert curve(start(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-2"), **options), "step") == [1, 2, 3]
 
 
 # ------------------------------------------------------------------------------------------------- what a run leaves
@@ -309,6 +358,10 @@ def test_the_best_evaluated_model_is_left_and_its_checkpoint_kept(tmp_path):
     left = {path.name for path in tmp_path.glob("checkpoint-*")}
     assert len(left) == 2 and {f"checkpoint-{best}", "checkpoint-12"} <= left | {f"checkpoint-{best}"}
     assert same(weights(run_.model), weights(AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{best}")))
+    sparse = {**options, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 5}
+    left = start(tmp_path / "sparse", eval_rows=EVAL_ROWS, learning_rate=1e-2, **sparse).model
+    saved = [weights(AutoModelForCausalLM.from_pretrained(path)) for path in (tmp_path / "sparse").glob("checkpoint-*")]
+    assert any(same(weights(left), each) for each in saved)  # the best of those evaluations that have a checkpoint
     with pytest.raises(
         ValueError, match="metric_for_best_model 'eval_nonsense' is not evaluated: choose among eval_loss"
     ):
@@ -336,7 +389,54 @@ def count_spaces(prompt: str, answer: str) -> float:
     return answer.count(" ")
 
 
+def test_metrics_of_the_callers_may_be_numpy_numbers(tmp_path):
+    def margin(prediction):
+        return {"margin": (prediction.predictions[0] - prediction.predictions[1]).mean()}
+
+    row = start(tmp_path, eval_rows=EVAL_ROWS, eval_strategy="epoch", compute_metrics=margin).rows[-1]
+    assert read(tmp_path)[-1]["eval_margin"] == pytest.approx(row["eval_rewards/margins"], abs=1e-6)
+
+
 # ---------------------------------------------------------------------------------------------- the caller's own things
+
+
+def test_a_compiled_model_trains_saves_and_resumes(tmp_path):
+    options = {"model": torch.compile(make_model(), backend="eager"), "save_strategy": "epoch", "max_steps": 2}
+    run_ = start(tmp_path / "a", **options)
+    start(tmp_path / "b", max_steps=2)
+    for name in ("a", "b"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / name)
+    assert curve(run_) == pytest.approx(curve(read(tmp_path / "b")), abs=1e-5)
+
+
+def test_paths_may_be_path_objects(tmp_path, model_dir):
+    assert start(tmp_path, model=Path(model_dir), max_steps=1).output_dir == tmp_path
+    assert DPOConfig(output_dir=tmp_path).output_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        ({"optimizers": (None, "schedule")}, {}, "a scheduler without its optimizer"),
+        ({"ref_model": "m"}, {"reference_free": True}, "no use for a ref_model"),
+        ({"ref_model": "m"}, {"loss_type": "simpo"}, "no use for a ref_model"),
+        ({}, {"dtype": "bfloat16"}, "dtype does nothing for a model that is loaded already"),
+        ({"peft_config": {"r": 2}}, {}, "has an adapter already"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_arguments_that_contradict_each_other_are_refused(tmp_path, arguments, options, words):
+    model = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=words):
+        start(tmp_path, model=model, **arguments, **options)
+    with pytest.raises(ValueError, match="which will train"):
+        start(tmp_path, model=model, ref_model=model)
+
+
+def test_an_adapter_without_tokenizer_files_takes_its_bases(tmp_path, model_dir):
+    adapter = get_peft_model(load_model(str(model_dir)), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    adapter.save_pretrained(tmp_path / "adapter")
+    assert load_tokenizer(str(tmp_path / "adapter")).eos_token == "<|im_end|>"
 
 
 def test_a_given_reference_is_scored(tmp_path):
