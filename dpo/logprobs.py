@@ -39,7 +39,7 @@ def ld_weights(owner: torch.Tensor, lengths: torch.Tensor, *, ld_alpha: float) -
     Summed with these weights a longer completion gains less by its length alone. ld_alpha = 1 is DPO.
 
     Args: owner (M,), in order; lengths (2B,) completion tokens, chosen first. Returns: (M,) float32.
-    Source: Liu et al. 2024 (arXiv 2409.06411), section 3.
+    Policy and reference alike. Source: Liu et al. 2024 (arXiv 2409.06411).
     """
     position = torch.arange(len(owner), device=owner.device) - (lengths.cumsum(0) - lengths)[owner]
     shorter = torch.minimum(*lengths.chunk(2)).repeat(2)
@@ -50,7 +50,8 @@ def wpo_token_scores(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
     """WPO: log π_t − log Σ_v π_v², how likely the token is next to what the policy would expect of its own sample.
 
     Args: logits (M, V); targets (M,). Returns: (M,) float32, without gradient.
-    Source: Zhou et al. 2024 (arXiv 2406.11827), eq. 2 with sampled alignment.
+    Source: Zhou et al. 2024 (arXiv 2406.11827), eq. 2, sampled alignment; that a pair's weight
+    is at most 1 is from the authors' code.
     """
     logps = logits.detach().float().log_softmax(-1)
     return logps.gather(-1, targets[:, None])[:, 0] - (2 * logps).logsumexp(-1)

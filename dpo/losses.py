@@ -28,7 +28,7 @@ def robust_loss(h: torch.Tensor, *, beta: float = 0.1, label_smoothing: float = 
 
     Its expectation over the flips is the sigmoid loss of the clean labels; single values may be negative.
 
-    Args: h (B,). Returns: (B,). Source: Chowdhury et al. 2024 (arXiv 2403.00409), eq. 12.
+    Args: h (B,). Returns: (B,). Source: Chowdhury et al. 2024 (arXiv 2403.00409), section 3.1.
     """
     clean, flipped = -F.logsigmoid(beta * h), -F.logsigmoid(-beta * h)
     return ((1 - label_smoothing) * clean - label_smoothing * flipped) / (1 - 2 * label_smoothing)
@@ -38,7 +38,7 @@ def hinge_loss(h: torch.Tensor, *, beta: float = 0.1) -> torch.Tensor:
     """SLiC on likelihood ratios: max(0, 1 − βh). Pairs that are apart by 1/β or more no longer train.
 
     Args: h (B,). Returns: (B,). Source: Zhao et al. 2023 (SLiC-HF, arXiv 2305.10425); Liu et al. 2023 (RSO, arXiv
-    2309.06657), section 3.
+    2309.06657).
     """
     return torch.relu(1 - beta * h)
 
@@ -55,7 +55,7 @@ def ipo_loss(h: torch.Tensor, *, beta: float = 0.1) -> torch.Tensor:
 def exo_pair_loss(h: torch.Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0) -> torch.Tensor:
     """EXO: σ(βh)[log σ(βh) − log(1−ε)] + σ(−βh)[log σ(−βh) − log ε], the reverse KL to the labels (1−ε, ε).
 
-    Mode-seeking where DPO's forward KL covers. ε = 0 would be infinite and means the paper's 1e-3.
+    Mode-seeking where DPO's forward KL covers. ε = 0 would be infinite and means 1e-3.
 
     Args: h (B,). Returns: (B,). Source: Ji et al. 2024 (arXiv 2402.00856), eq. 16.
     """
@@ -79,8 +79,7 @@ def discopop_loss(h: torch.Tensor, *, beta: float = 0.1, discopop_tau: float = 0
 def odpo_loss(h: torch.Tensor, offset: torch.Tensor, *, beta: float = 0.1) -> torch.Tensor:
     """DPO with an offset: −log σ(βh − Δ). For pairs whose distance is known: the reward margin must exceed Δ.
 
-    Args: h (B,); offset (B,), Δ ≥ 0 in units of reward. Returns: (B,). Source: Amini et al. 2024 (arXiv 2402.10571),
-    eq. 8.
+    Args: h (B,); offset (B,), Δ in units of reward. Returns: (B,). Source: Amini et al. 2024 (arXiv 2402.10571).
     """
     return -F.logsigmoid(beta * h - offset)
 
@@ -97,7 +96,7 @@ def r_dpo_loss(
 
     The optimum of reward − α|y| has r = β log π/π_ref + α|y|: pairs that length explains train less.
 
-    Args: h, lengths (B,). Returns: (B,). Source: Park et al. 2024 (arXiv 2403.19159), eq. 9.
+    Args: h, lengths (B,). Returns: (B,). Source: Park et al. 2024 (arXiv 2403.19159).
     """
     return -F.logsigmoid(beta * h + alpha * (chosen_lengths - rejected_lengths).to(h.dtype))
 
@@ -108,7 +107,7 @@ def r_dpo_loss(
 def nca_pair_loss(w: torch.Tensor, l: torch.Tensor, *, beta: float = 0.1) -> torch.Tensor:
     """NCA: −log σ(βw) − ½ log σ(−βw) − ½ log σ(−βl). Holds up the likelihood of the chosen completion itself.
 
-    Args: w, l (B,). Returns: (B,). Source: Chen et al. 2024 (arXiv 2402.05369), section 3 with K = 2.
+    Args: w, l (B,). Returns: (B,). Source: Chen et al. 2024 (arXiv 2402.05369), section 4.1 with K = 2.
     """
     return -F.logsigmoid(beta * w) - 0.5 * F.logsigmoid(-beta * w) - 0.5 * F.logsigmoid(-beta * l)
 
@@ -149,7 +148,7 @@ def apo_down_loss(w: torch.Tensor, l: torch.Tensor, *, beta: float = 0.1) -> tor
 def dpop_loss(w: torch.Tensor, l: torch.Tensor, *, beta: float = 0.1, dpop_lambda: float = 50.0) -> torch.Tensor:
     """DPO-Positive: −log σ(β(w − l − λ max(0, −w))). For pairs of small edits, where DPO lowers both likelihoods.
 
-    Args: w, l (B,). Returns: (B,). Source: Pal et al. 2024 (Smaug, arXiv 2402.13228), eq. 3.
+    Args: w, l (B,). Returns: (B,). Source: Pal et al. 2024 (Smaug, arXiv 2402.13228).
     """
     return -F.logsigmoid(beta * (w - l - dpop_lambda * torch.relu(-w)))
 
@@ -157,7 +156,7 @@ def dpop_loss(w: torch.Tensor, l: torch.Tensor, *, beta: float = 0.1, dpop_lambd
 def chipo_loss(w: torch.Tensor, l: torch.Tensor, *, beta: float = 0.1, chipo_clip: float = 10.0) -> torch.Tensor:
     """χPO: −log σ(clip(βφ(w) − βφ(l), ±R)) with φ(z) = e^z + z. χ²-regularised against over-optimisation.
 
-    Args: w, l (B,); chipo_clip R, the paper's 2R_max. Returns: (B,). Needs: capped_exp.
+    Args: w, l (B,); chipo_clip R, the paper's 2R_max (10 is our default). Returns: (B,). Needs: capped_exp.
     Source: Huang et al. 2024 (arXiv 2407.13399), algorithm 1.
     """
     margin = beta * (capped_exp(w) + w) - beta * (capped_exp(l) + l)
@@ -210,7 +209,7 @@ def simpo_loss(
     """SimPO: −log σ(β(log π_w/|y_w| − log π_l/|y_l|) − γ). No reference: fewer forward passes, no leash.
 
     Args: chosen_means, rejected_means (B,), mean log-probability of a token; gamma γ, the target margin.
-    Returns: (B,). Source: Meng et al. 2024 (arXiv 2405.14734), eq. 6.
+    Returns: (B,). Source: Meng et al. 2024 (arXiv 2405.14734).
     """
     return -F.logsigmoid(beta * (chosen_means - rejected_means) - gamma)
 
@@ -221,7 +220,7 @@ def orpo_loss(chosen_means: torch.Tensor, rejected_means: torch.Tensor, *, orpo_
     Supervised fine-tuning and preference in one stage from a base model, without reference.
 
     Args: chosen_means, rejected_means (B,), at most 0. Returns: (B,). Source: Hong et al. 2024 (arXiv 2403.07691),
-    eqs. 6 and 7.
+    the odds ratio eq. 7.
     """
     chosen, rejected = chosen_means.clamp(max=-1e-6), rejected_means.clamp(max=-1e-6)  # p = 1 has infinite odds
     log_odds = chosen - torch.log(-torch.expm1(chosen)) - rejected + torch.log(-torch.expm1(rejected))
@@ -238,8 +237,8 @@ def cpo_loss(
 ) -> torch.Tensor:
     """CPO: −log σ(β(log π_w − log π_l)) + α NLL_w. DPO with a uniform reference, held by the likelihood of the chosen.
 
-    Args: logps (B,) sums, lengths (B,). NLL_w is the mean over tokens, as in the authors' code. Returns: (B,).
-    Source: Xu et al. 2024 (arXiv 2401.08417), eqs. 4 and 6.
+    Args: logps (B,) sums, lengths (B,). NLL_w is the mean over tokens; the paper sums. Returns: (B,).
+    Source: Xu et al. 2024 (arXiv 2401.08417), eqs. 3 and 5.
     """
     return -F.logsigmoid(beta * (chosen_logps - rejected_logps)) - cpo_alpha * chosen_logps / chosen_lengths
 
@@ -247,7 +246,7 @@ def cpo_loss(
 def sft_loss(chosen_logps: torch.Tensor, chosen_lengths: torch.Tensor) -> torch.Tensor:
     """Supervised fine-tuning on the chosen completion: −log π(y_w|x)/|y_w|. A part of mixtures.
 
-    Args: chosen_logps (B,) sums, chosen_lengths (B,). Returns: (B,). RPO (Pang et al. 2024, arXiv 2404.19733, eq. 1)
+    Args: chosen_logps (B,) sums, chosen_lengths (B,). Returns: (B,). RPO (Pang et al. 2024, arXiv 2404.19733)
     adds α times this to the DPO loss: `rpo_alpha`.
     """
     return -chosen_logps / chosen_lengths
@@ -271,7 +270,7 @@ def exo_loss(ratios: torch.Tensor, scores: torch.Tensor, *, beta: float = 0.1, e
     """EXO over K completions: KL(softmax(β r) ‖ softmax(s/β_r)). The more completions, the nearer to the RL objective.
 
     Args: ratios (B, K), log π/π_ref; scores (B, K), a reward model's; exo_beta_r β_r, their temperature.
-    Returns: (B,). Source: Ji et al. 2024 (arXiv 2402.00856), eq. 14.
+    Returns: (B,). Source: Ji et al. 2024 (arXiv 2402.00856), section 3.2.
     """
     policy, target = torch.log_softmax(beta * ratios, -1), torch.log_softmax(scores / exo_beta_r, -1)
     return (policy.exp() * (policy - target)).sum(-1)
@@ -288,7 +287,7 @@ def f_divergence_score(
     reverse_kl: z; js_divergence: log 2 + log σ(z); alpha_divergence: (1 − e^(−αz))/α; forward_kl: 1 − e^(−z), where
     z = log π/π_ref. α → 0 is reverse_kl, α = 1 is forward_kl (TRL 1.x counts α otherwise: its α is 1 − ours).
 
-    Args: ratio (B,). Returns: (B,). Needs: capped_exp. Source: Wang et al. 2023 (arXiv 2309.16240), table 1.
+    Args: ratio (B,). Returns: (B,). Needs: capped_exp. Source: Wang et al. 2023 (arXiv 2309.16240).
     """
     if f_divergence_type == "reverse_kl":
         return ratio

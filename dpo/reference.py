@@ -66,7 +66,7 @@ def compute_ref_log_probs(
 def sync_reference(policy: torch.nn.Module, ref_model: torch.nn.Module, *, mixup_alpha: float) -> None:
     """TR-DPO: π_ref ← α π + (1 − α) π_ref, weight by weight, over the parameters that train; α = 1 is the hard update.
 
-    Source: Gorbatovski et al. 2024 (arXiv 2404.09656), eqs. 5 and 6.
+    Source: Gorbatovski et al. 2024 (arXiv 2404.09656).
     """
     for parameter, reference in zip(policy.parameters(), ref_model.parameters(), strict=True):
         if parameter.requires_grad:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, make_model, make_tokenizer, run
 
 from dpo.example.reviews import reward
 
@@ -50,3 +50,47 @@ def test_the_bare_command_trains_the_example(tmp_path):
         "dpo.chat", "--model_name_or_path", "dpo-example", "--prompt", "Review the western The Glass Fox.", cwd=tmp_path
     )
     assert len(answer.stdout.split()) > 3
+
+
+@pytest.mark.slow
+def test_tutorials_1_and_2_make_a_model_and_its_pairs(tmp_path):
+    assert "conversations" in tutorial("01_sft_model.py", "--output", str(tmp_path), "--steps", "6")
+    made = tutorial(
+        "02_preference_pairs.py", "--model", str(tmp_path / "model"), "--output", str(tmp_path), "--prompts", "10"
+    )
+    assert "reward" in made
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert rows and all(row["score_chosen"] > row["score_rejected"] for row in rows)
+
+
+@pytest.mark.slow
+def test_tutorial_3_pairs_the_shorter_of_two_finished_answers_with_the_longer(tmp_path):
+    model = make_model()
+    model.generation_config.eos_token_id = list(range(2, 400, 12))  # a random model seldom ends by itself
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    arguments = [
+        "--model",
+        tmp_path / "model",
+        "--output",
+        tmp_path / "pairs",
+        "--prompts",
+        "12",
+        "--max_new_tokens",
+        "60",
+    ]
+    assert "torchrun -m dpo.loop" in tutorial("03_shorter_answers.py", *map(str, arguments))
+    rows = [json.loads(line) for line in (tmp_path / "pairs" / "train.jsonl").read_text().splitlines()]
+    assert rows and all(row["score_chosen"] > row["score_rejected"] for row in rows)
+    assert all(row["chosen"][0] == row["rejected"][0] and row["chosen"][1] != row["rejected"][1] for row in rows)
+    done = run(
+        "dpo.loop", "--model_name_or_path", "model", "--dataset_name", "pairs", "--eval_strategy", "epoch",
+        "--max_steps", "1", "--save_strategy", "no", cwd=tmp_path,
+    )  # fmt: skip
+    assert "Saved in dpo-output" in done.stderr
+
+
+def test_tutorial_4_draws_every_loss(tmp_path):
+    said = tutorial("04_losses.py", "--output", str(tmp_path / "losses.png"))
+    assert (tmp_path / "losses.png").read_bytes()[:4] == b"\x89PNG"
+    assert said.count("at h = 0") >= 22 and "nan" not in said

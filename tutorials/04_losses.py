@@ -1,0 +1,133 @@
+# %% [markdown]
+# # 4. What the losses look like
+#
+# All losses of `dpo/losses.py` look at the same four numbers: how likely the chosen and the rejected completion are
+# under the policy, and how likely they were under the reference. Most of them look at one number alone that is made of
+# these, the *margin*
+#
+#     h = (log π(y_w|x) − log π_ref(y_w|x)) − (log π(y_l|x) − log π_ref(y_l|x)) = w − l
+#
+# which says how much more the policy has come to prefer the chosen completion than the reference did. Training starts
+# at h = 0, and every loss wants it to grow. What they do not agree on is how much a pair still matters once it is
+# learned (h is large), and how hard to pull at a pair that is wrong (h is negative). The slope of the loss tells: it is
+# the force on the pair.
+#
+#     python tutorials/04_losses.py                            # a few seconds, draws tutorials/losses.png
+#     python tutorials/04_losses.py --output /tmp/losses.png
+
+# %%
+import argparse
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws into a file, needs no screen
+
+import matplotlib.pyplot as plt
+import torch
+
+from dpo.losses import OVER_THE_BATCH, dpo_loss
+
+parser = argparse.ArgumentParser(description="Draw each loss and its slope over the margin.")
+parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "losses.png")
+args = parser.parse_args()
+
+# %% [markdown]
+# ## The panels
+#
+# One panel for each loss: its title, what is set in it, and the options. β is 1 throughout, so that one unit to the
+# right is one nat; real runs take 0.1 or so, which draws the same curves ten times as wide.
+
+# %%
+PANELS = [
+    ("DPO", "", {"loss_type": "sigmoid"}),
+    ("conservative DPO", "ε = 0.2", {"loss_type": "sigmoid", "label_smoothing": 0.2}),
+    ("robust DPO", "ε = 0.2", {"loss_type": "robust", "label_smoothing": 0.2}),
+    ("hinge", "", {"loss_type": "hinge"}),
+    ("IPO", "length 1", {"loss_type": "ipo"}),
+    ("EXO, pairs", "ε = 0.001", {"loss_type": "exo_pair"}),
+    ("DiscoPOP", "τ = 0.05", {"loss_type": "discopop"}),
+    ("ODPO", "margin 2", {"loss_type": "odpo", "margins": 2.0}),
+    ("R-DPO", "chosen 2 tokens longer, α = 1", {"loss_type": "r_dpo", "r_dpo_alpha": 1.0, "chosen_lengths": 3.0}),
+    ("AOT, AOT pair", "batch of 1", {"loss_type": "aot"}),
+    ("NCA", "", {"loss_type": "nca_pair"}),
+    ("BCO", "δ = 1", {"loss_type": "bco_pair", "bco_delta": 1.0}),
+    ("SPPO", "", {"loss_type": "sppo_hard"}),
+    ("APO zero", "", {"loss_type": "apo_zero"}),
+    ("APO down", "", {"loss_type": "apo_down"}),
+    ("DPO-Positive", "λ = 1", {"loss_type": "dpop", "dpop_lambda": 1.0}),
+    ("χPO", "R = 4", {"loss_type": "chipo", "chipo_clip": 4.0}),
+    ("DPO, Jensen–Shannon", "", {"loss_type": "sigmoid", "f_divergence_type": "js_divergence"}),
+    ("DPO, forward KL", "", {"loss_type": "sigmoid", "f_divergence_type": "forward_kl"}),
+    ("length-normalised DPO", "length 1", {"loss_type": "sigmoid_norm"}),
+    ("SimPO", "length 1, γ = 1", {"loss_type": "simpo", "simpo_gamma": 1.0}),
+    ("ORPO", "length 1, λ = 1", {"loss_type": "orpo", "orpo_lambda": 1.0}),
+    ("CPO", "length 1, α = ½", {"loss_type": "cpo", "cpo_alpha": 0.5}),
+    ("SFT", "length 1", {"loss_type": "sft"}),
+    ("DPO + RPO term", "length 1, α = ½", {"loss_type": "sigmoid", "rpo_alpha": 0.5, "chosen_lengths": 1.0}),
+]
+
+# %% [markdown]
+# ## From a margin to a loss
+#
+# A margin can grow because the chosen completion gains or because the rejected one loses. Here both do half of it:
+# w = h/2 and l = −h/2. Both completions are a single token long, of which the reference thinks log π_ref = −4. The
+# slope comes from the very derivative that trains the model, automatic differentiation.
+
+
+# %%
+def curve(margins: torch.Tensor, options: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss and its derivative by the margin, at each of the margins."""
+    h = margins.clone().requires_grad_()
+    reference = torch.full_like(h, -4.0)
+    tensors = {k: torch.full_like(h, v) for k, v in options.items() if k in ("margins", "chosen_lengths")}
+    if "chosen_lengths" in tensors:
+        tensors["rejected_lengths"] = torch.ones_like(h)
+    losses, _, _ = dpo_loss(reference + h / 2, reference - h / 2, reference, reference, beta=1.0, **(options | tensors))
+    losses.sum().backward()
+    return losses.detach(), h.grad
+
+
+margins = torch.linspace(-6, 6, 481, dtype=torch.float64)
+at_zero = torch.zeros(1, dtype=torch.float64)
+
+# %% [markdown]
+# Losses that sort the batch are drawn for a batch of one pair: one margin at a time.
+
+# %%
+curves = []
+for title, setting, options in PANELS:
+    if options["loss_type"] in OVER_THE_BATCH:
+        points = [curve(margin[None], options) for margin in margins]
+        losses, slopes = (torch.cat(part) for part in zip(*points, strict=True))
+    else:
+        losses, slopes = curve(margins, options)
+    curves.append((losses, slopes))
+    value, slope = (float(part) for part in curve(at_zero, options))
+    print(f"{title:24}{setting:32}at h = 0: loss {value:7.4f}, slope {slope:7.4f}")
+
+# %% [markdown]
+# ## The picture
+#
+# All panels share their axes. Where the dashed slope is near zero the loss leaves a pair alone. Look at the left end:
+# DPO pulls at a pair that is wrong with constant force, IPO and SPPO ever harder, APO and EXO give it up as noise. And
+# at the right end: DPO never quite stops, the hinge stops at once, and IPO and SPPO pull back.
+
+# %%
+rows, columns = 5, 5
+figure, axes = plt.subplots(rows, columns, figsize=(13, 13), sharex=True, sharey=True, layout="constrained")
+for axis, (title, setting, _), (losses, slopes) in zip(axes.flat, PANELS, curves, strict=True):
+    axis.axhline(0, color="0.75", linewidth=0.8)
+    axis.axvline(0, color="0.75", linewidth=0.8)
+    axis.plot(margins, losses, color="tab:blue", linewidth=2)
+    axis.plot(margins, slopes, color="tab:orange", linewidth=1.6, linestyle="--")
+    axis.set_title(title, fontsize=12, fontweight="bold")
+    axis.text(0.96, 0.93, setting, transform=axis.transAxes, ha="right", va="top", fontsize=9, color="0.35")
+    axis.set(xlim=(-6, 6), ylim=(-3, 9), xticks=(-4, 0, 4), yticks=(-2, 0, 2, 4, 6, 8))
+    axis.spines[["top", "right"]].set_visible(False)
+for axis in axes[-1]:
+    axis.set_xlabel("margin h")
+lines = axes[0, 0].get_lines()[-2:]
+figure.legend(lines, ["loss", "its slope"], loc="outside upper center", ncols=2, fontsize=12, frameon=False)
+figure.savefig(args.output, dpi=90)
+print(f"Drawn: {args.output}")
