@@ -203,6 +203,8 @@ def train(
         for label, eval_rows in eval_sets.items():
             prefix = f"eval_{label}" if label else "eval"
             row |= evaluate(policy, eval_rows, collator, **score, prefix=prefix, compute_metrics=compute_metrics)
+        if world.rank == 0:
+            tqdm.write(report.describe_evaluation(row))
         if args.generate_during_eval and world.rank == 0:
             first = next(iter(eval_sets.values()))
             with precision(args, world):

@@ -48,6 +48,20 @@ def read_rows(path: Path, *, up_to_step: int) -> list[dict]:
     return rows
 
 
+def describe_evaluation(row: dict) -> str:
+    """An evaluation row in words, a line for each evaluated set."""
+    lines = []
+    for key, accuracy in row.items():
+        prefix = key.removesuffix("rewards/accuracies")
+        if prefix != key:
+            name = prefix.removeprefix("eval_").strip("_")
+            lines.append(
+                f"  step {row['step']}, held-out pairs{f' ({name})' if name else ''}: loss {row[prefix + 'loss']:.3f}, "
+                f"reward accuracy {accuracy:.3f}, margin {row[prefix + 'rewards/margins']:.3f}"
+            )
+    return "\n".join(lines)
+
+
 def plot_rewards(rows: list[dict], path: Path) -> None:
     """The reward graph: chosen, rejected and margin on the left, accuracy on the right; evaluations are dots."""
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")

@@ -325,11 +325,14 @@ def test_evaluation_leaves_training_untouched(tmp_path):
     assert [row["step"] for row in watched.rows if "eval_loss" in row] == [0, 1, 2, 3]
 
 
-def test_several_evaluation_sets_are_reported_under_their_names(tmp_path):
+def test_several_evaluation_sets_are_reported_under_their_names(tmp_path, capsys):
     sets = {"near": EVAL_ROWS, "far": make_rows(3, seed=2)}
     row = start(tmp_path, eval_rows=sets, eval_strategy="epoch").rows[-1]
     assert {"eval_near_loss", "eval_far_loss", "eval_far_rewards/margins"} <= set(row)
     assert row["eval_near_loss"] != row["eval_far_loss"]
+    shown = capsys.readouterr().out
+    for name in sets:
+        assert f"step 3, held-out pairs ({name}): loss {row[f'eval_{name}_loss']:.3f}, reward accuracy" in shown
 
 
 def test_compute_metrics_gets_every_pairs_rewards_in_the_datasets_order(tmp_path):

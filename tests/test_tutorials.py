@@ -44,7 +44,7 @@ def test_the_bare_command_trains_the_example(tmp_path):
     last = [row for row in rows if "eval_loss" in row][-1]
     assert last["eval_rewards/accuracies"] > 0.9
     assert last["eval_samples/policy_reward"] > last["eval_samples/reference_reward"] + 1
-    assert "mean reward of 64 sampled answers" in done.stdout + done.stderr
+    assert "step 100, held-out pairs: loss" in done.stdout and "mean reward of 64 sampled answers" in done.stdout
     assert "python -m dpo.chat --model_name_or_path dpo-example" in done.stderr
     answer = run(
         "dpo.chat", "--model_name_or_path", "dpo-example", "--prompt", "Review the western The Glass Fox.", cwd=tmp_path
