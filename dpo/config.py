@@ -236,6 +236,10 @@ class DPOConfig:
                 f"loss_type {', '.join(names)} has no reference: leave out sync_ref_model and ref_model_name_or_path",
             ),
             (
+                self.use_weighting and bool(set(names) & set(OVER_THE_BATCH)),
+                f"use_weighting weighs pairs, and loss_type {self.loss_type} has a value per quantile: leave one out",
+            ),
+            (
                 self.gradient_accumulation_steps > 1 and bool(set(names) & set(OVER_THE_BATCH)),
                 f"loss_type {self.loss_type} sorts the whole batch: raise per_device_train_batch_size instead of "
                 "gradient_accumulation_steps",

@@ -398,8 +398,9 @@ def get_batch_loss_metrics(
     losses, chosen_rewards, rejected_rewards = dpo_loss(**scores, **options)
     parts = {}
     if len(names) > 1:
-        alone = {**options, "loss_weights": None, "rpo_alpha": None}
-        parts = {f"loss/{name}": dpo_loss(**scores, **{**alone, "loss_type": name})[0] for name in names}
+        for name in names:  # the mixture with one weight of 1: its options may have no meaning for a part alone
+            alone = {**options, "rpo_alpha": None, "loss_weights": [float(name == other) for other in names]}
+            parts[f"loss/{name}"] = dpo_loss(**scores, **alone)[0]
     if set(names) & set(OVER_THE_BATCH):
         losses = losses.mean().expand_as(losses)  # a quantile belongs to no pair
     losses, chosen_rewards, rejected_rewards = losses[own], chosen_rewards[own], rejected_rewards[own]

@@ -561,6 +561,7 @@ def test_a_written_configuration_runs_again(tmp_path):
         (["--adam_beta1", "0.5", "--optim", "sgd"], "adam_beta1 does nothing without an AdamW optim"),
         (["--lr_scheduler_type", "cosin"], "lr_scheduler_type is 'cosin': choose one of linear"),
         (["--fp16", "--dtype", "float16"], "fp16 needs weights of a wider dtype"),
+        (["--use_weighting", "--loss_type", "aot"], "use_weighting weighs pairs"),
         (["--ld_alpha", "7"], "ld_alpha is 7.0: it must be at most 1"),
         (["--loss_type", "simpo", "--sync_ref_model"], "simpo has no reference"),
         (["--model_init_kwargs", "{a"], "model_init_kwargs is not JSON"),

@@ -509,6 +509,14 @@ def test_parts_of_a_mixture_are_reported_by_name_and_add_up(tmp_path):
         assert row["loss"] == pytest.approx(parts, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "more", [{"label_smoothing": 0.1}, {"reference_free": True}, {"f_divergence_type": "forward_kl"}]
+)
+def test_options_of_a_mixture_need_not_suit_each_part_alone(tmp_path, more):
+    row = start(tmp_path, loss_type=["sigmoid", "sft"], max_steps=1, **more).rows[0]
+    assert row["loss"] == pytest.approx(row["loss/sigmoid"] + row["loss/sft"], rel=1e-5)
+
+
 def test_weights_of_pairs_scale_their_losses_and_margins_are_odpos_offsets(tmp_path):
     plain = start(tmp_path / "a", rows=ROWS[:8], max_steps=1).rows[0]
     doubled = start(tmp_path / "b", rows=[{**row, "weight": 2.0} for row in ROWS[:8]], max_steps=1).rows[0]
