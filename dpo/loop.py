@@ -12,6 +12,7 @@ import time
 import traceback
 from collections import defaultdict
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -189,7 +190,7 @@ def train(
         options = report.write_config(output_dir, {**dataclasses.asdict(args), **given})
         rows = report.read_rows(output_dir / "metrics.jsonl", up_to_step=step)
         trackers = report.open_trackers(trackers, run_name=args.run_name, output_dir=output_dir, config=options)
-        receivers = [report.row_writer(output_dir / "metrics.jsonl"), *trackers, *(callbacks or [])]
+        receivers = [partial(report.append_row, output_dir / "metrics.jsonl"), *trackers, *(callbacks or [])]
         logger.info("%d pairs, %d steps of %d pairs", len(train_rows), total_steps, pairs_per_step(args, world))
     bar = tqdm(total=total_steps, initial=step, desc="DPO", disable=args.disable_tqdm or world.rank > 0)
 
@@ -377,7 +378,7 @@ def get_batch_loss_metrics(
     Returns: the loss of each pair, (B,), with gradient; and the metrics, each (B,) without, one value a pair, so that
     sums over batches and processes are exact.
     """
-    names = [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
+    names = loss_names(args)
     real = len(batch["prompt_input_ids"]) if real is None else real
     common = {"padding_value": padding_value, "ld_alpha": args.ld_alpha}
     scores = concatenated_forward(model, batch, **common, use_weighting=args.use_weighting)
@@ -491,7 +492,7 @@ def prepare_data(train_dataset, eval_dataset, processing_class, *, args: DPOConf
                 skip_bad_rows=args.skip_bad_rows,
                 num_proc=args.dataset_num_proc,
             )
-        if "odpo" in args.loss_type and "margin" not in rows.column_names:
+        if "odpo" in loss_names(args) and "margin" not in rows.column_names:
             raise ValueError("loss_type odpo needs a number for each pair: add a column margin to the dataset")
         return rows
 
@@ -566,9 +567,12 @@ def pairs_per_step(args: DPOConfig, world: World) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * world.size
 
 
+def loss_names(args: DPOConfig) -> list[str]:
+    return [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
+
+
 def needs_reference(args: DPOConfig) -> bool:
-    names = {args.loss_type} if isinstance(args.loss_type, str) else set(args.loss_type)
-    return not args.reference_free and not names <= set(WITHOUT_REFERENCE)
+    return not args.reference_free and not set(loss_names(args)) <= set(WITHOUT_REFERENCE)
 
 
 def update_bco(bco: dict[str, float], scores: dict, real: int, *, beta: float, world: World | None) -> None:

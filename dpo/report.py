@@ -18,10 +18,6 @@ def append_row(path: Path, row: dict) -> None:
         file.write(json.dumps(row, default=float) + "\n")
 
 
-def row_writer(path: Path) -> Callable[[dict], None]:
-    return lambda row: append_row(path, row)
-
-
 def write_config(output_dir: Path, options: dict) -> dict:
     """Writes config.yaml, which runs it again from anywhere: local paths are made absolute, resuming is left out."""
     options = options | {"resume_from_checkpoint": None}
