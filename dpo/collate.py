@@ -1,6 +1,7 @@
 """Rows of token ids become batch tensors; and which rows make up which optimizer step.
 
-B pairs give 2B sequences, the B chosen ones first. T is the padded length of prompt + completion.
+B pairs give 2B sequences, the B chosen ones first; B rankings of K completions give K·B, the best ones first and then
+the second best. T is the padded length of prompt + completion.
 """
 
 from dataclasses import dataclass
@@ -31,15 +32,24 @@ class DataCollatorForPreference:
     def __call__(self, features: list[dict]) -> dict[str, torch.Tensor]:
         """Rows with prompt_input_ids, chosen_input_ids and rejected_input_ids to those keys as (B, P), (B, C), (B, R)
         int64 tensors, each with its X_attention_mask of zeros and ones; and margin and weight, (B,) float32, where the
-        rows have them. Other keys of a row are ignored."""
+        rows have them. Where a row's rejected_input_ids are several lists, rejected is (B, K−1, R), all padding where a
+        row has fewer; and scores (B, K), then 0. Other keys of a row are ignored."""
         batch = {}
         for part in ("prompt", "chosen", "rejected"):
-            rows = [torch.tensor(row[f"{part}_input_ids"], dtype=torch.long) for row in features]
-            batch[f"{part}_input_ids"] = pad(rows, self.pad_token_id, left=part == "prompt")
-            batch[f"{part}_attention_mask"] = pad([torch.ones_like(row) for row in rows], 0, left=part == "prompt")
-        for column in ("margin", "weight"):
+            rows = [row[f"{part}_input_ids"] for row in features]
+            several = part == "rejected" and isinstance(rows[0][0], list)
+            if several:
+                most = max(map(len, rows))
+                rows = [completion for row in rows for completion in row + [[]] * (most - len(row))]
+            rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+            padded = {"input_ids": pad(rows, self.pad_token_id, left=part == "prompt")}
+            padded["attention_mask"] = pad([torch.ones_like(row) for row in rows], 0, left=part == "prompt")
+            for key, value in padded.items():
+                batch[f"{part}_{key}"] = value.unflatten(0, (len(features), most)) if several else value
+        for column in ("margin", "weight", "scores"):
             if column in features[0]:
-                batch[column] = torch.tensor([row[column] for row in features], dtype=torch.float32)
+                values = [torch.tensor(row[column], dtype=torch.float32) for row in features]
+                batch[column] = pad(values, 0) if column == "scores" else torch.stack(values)
         return batch
 
 
@@ -55,31 +65,34 @@ def concatenated_inputs(batch: dict[str, torch.Tensor], padding_value: int) -> d
     """Stacks chosen over rejected, so that one forward pass scores both (one pass is what DDP and FSDP want, too).
 
     Returns prompt_input_ids and prompt_attention_mask (2B, P), completion_input_ids and completion_attention_mask
-    (2B, max(C, R)); completions are padded with padding_value, masks with 0.
+    (2B, max(C, R)); completions are padded with padding_value, masks with 0. Where rejected is (B, K−1, R) they are
+    (K·B, ...), chosen first, then the rejected ones by rank.
     """
-    width = max(batch["chosen_input_ids"].shape[1], batch["rejected_input_ids"].shape[1])
-    joined = {key: torch.cat([batch[key], batch[key]]) for key in ("prompt_input_ids", "prompt_attention_mask")}
+    width = max(batch["chosen_input_ids"].shape[-1], batch["rejected_input_ids"].shape[-1])
+    joined = {}
     for key, value in (("input_ids", padding_value), ("attention_mask", 0)):
-        halves = [batch[f"chosen_{key}"], batch[f"rejected_{key}"]]
+        chosen, rejected = batch[f"chosen_{key}"], batch[f"rejected_{key}"]
+        completions = [chosen, *(rejected.unbind(1) if rejected.ndim == 3 else [rejected])]
+        joined[f"prompt_{key}"] = batch[f"prompt_{key}"].repeat(len(completions), 1)
         joined[f"completion_{key}"] = torch.cat(
-            [F.pad(half, (0, width - half.shape[1]), value=value) for half in halves]
+            [F.pad(completion, (0, width - completion.shape[1]), value=value) for completion in completions]
         )
     return joined
 
 
-def padded_inputs(joined: dict[str, torch.Tensor], padding_value: int) -> dict[str, torch.Tensor]:
+def padded_inputs(joined: dict[str, torch.Tensor], padding_value: int, completions: int = 2) -> dict[str, torch.Tensor]:
     """The padded layout: each sequence is [prompt, completion, padding], one a row.
 
     With all padding at the end, positions count from 0 and causal attention never sees it: right for every family.
 
-    Args: joined, what `concatenated_inputs` returns.
+    Args: joined, what `concatenated_inputs` returns; completions K, of a prompt, 2 in a pair.
     Returns:
-        input_ids, attention_mask: (2B, T) int64, what the model reads.
-        logits_to_keep: (2B, T) bool, the positions whose next token belongs to a completion; M of them.
+        input_ids, attention_mask: (K·B, T) int64, what the model reads.
+        logits_to_keep: (K·B, T) bool, the positions whose next token belongs to a completion; M of them.
         targets: (M,) int64, those next tokens.
-        owner: (M,) int64, the sequence (0 … 2B−1, chosen first) that each of them belongs to.
-        lengths: (2B,) int64, completion tokens of each sequence.
-        tokens: (B,) int64, what the model reads of each pair.
+        owner: (M,) int64, the sequence (0 … K·B−1, chosen first) that each of them belongs to.
+        lengths: (K·B,) int64, completion tokens of each sequence.
+        tokens: (B,) int64, what the model reads of each row.
     """
     ids = torch.cat([joined["prompt_input_ids"], joined["completion_input_ids"]], dim=1)
     mask = torch.cat([joined["prompt_attention_mask"], joined["completion_attention_mask"]], dim=1)
@@ -95,7 +108,7 @@ def padded_inputs(joined: dict[str, torch.Tensor], padding_value: int) -> dict[s
         "targets": ids[:, 1:][keep[:, :-1]],
         "owner": keep.nonzero()[:, 0],
         "lengths": scored.sum(dim=1),
-        "tokens": sum(mask.sum(dim=1).chunk(2)),
+        "tokens": mask.sum(dim=1).unflatten(0, (completions, -1)).sum(dim=0),
     }
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser, SchedulerType
 
-from dpo.losses import OVER_THE_BATCH, WITHOUT_REFERENCE, check_loss
+from dpo.losses import OF_RANKINGS, OVER_THE_BATCH, WITHOUT_REFERENCE, check_loss
 
 EXAMPLE = Path(__file__).parent / "example" / "config.yaml"
 
@@ -85,6 +85,7 @@ class DPOConfig:
     dpop_lambda: float = option(50.0, "Weight of the chosen completion's lost likelihood in dpop.")
     r_dpo_alpha: float = option(0.01, "Price of a token in r_dpo.")
     chipo_clip: float = option(10.0, "Largest margin of chipo.")
+    exo_beta_r: float = option(1.0, "Temperature of the dataset's scores in exo.")
     sync_ref_model: bool = option(False, "Move the reference towards the policy while training (TR-DPO).")
     ref_model_mixup_alpha: float = option(0.9, "Share of the policy in the moved reference; 1 copies it.")
     ref_model_sync_steps: int = option(64, "Move it every so many steps.")
@@ -206,7 +207,7 @@ class DPOConfig:
                 value = getattr(self, name)
                 if value is not None and not value >= least:
                     raise ValueError(f"{name} is {value}: it must be at least {least}")
-        above_zero = "beta discopop_tau chipo_clip num_train_epochs logging_steps save_steps eval_steps"
+        above_zero = "beta discopop_tau chipo_clip exo_beta_r num_train_epochs logging_steps save_steps eval_steps"
         for name in above_zero.split():
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -236,8 +237,12 @@ class DPOConfig:
                 f"loss_type {', '.join(names)} has no reference: leave out sync_ref_model and ref_model_name_or_path",
             ),
             (
-                self.use_weighting and bool(set(names) & set(OVER_THE_BATCH)),
-                f"use_weighting weighs pairs, and loss_type {self.loss_type} has a value per quantile: leave one out",
+                self.use_weighting and bool(set(names) & {*OVER_THE_BATCH, *OF_RANKINGS}),
+                f"use_weighting weighs pairs, and loss_type {', '.join(names)} is not one of pairs: leave one out",
+            ),
+            (
+                self.ld_alpha is not None and bool(set(names) & set(OF_RANKINGS)),
+                f"ld_alpha compares the two of a pair, and loss_type {', '.join(names)} ranks more: leave one out",
             ),
             (
                 self.gradient_accumulation_steps > 1 and bool(set(names) & set(OVER_THE_BATCH)),
@@ -279,6 +284,7 @@ class DPOConfig:
             "dpop_lambda": "dpop",
             "r_dpo_alpha": "r_dpo",
             "chipo_clip": "chipo",
+            "exo_beta_r": "exo",
         }
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for name, loss in belongs_to.items():

@@ -1,7 +1,8 @@
 """A preference dataset becomes rows of token ids: prompt, chosen, rejected.
 
 check_row says what is wrong with a row, render_row turns conversations into text, tokenize_row turns text into ids,
-and prepare_dataset does all of that to a whole dataset (sources.py opens it).
+and prepare_dataset does all of that to a whole dataset (sources.py opens it). Where a row ranks more than two
+completions, `rejected` is a list of them, best first.
 """
 
 import json
@@ -20,32 +21,74 @@ logger = logging.getLogger(__name__)
 
 def check_row(row: dict) -> str | None:
     """What is wrong with a row, in words that name the column; None for a good row."""
-    for column in ("chosen", "rejected"):
-        if row.get(column) is None:
+    problem = _check_scores(row)
+    if problem:
+        return problem
+    completions, prompt = completions_of(row), row.get("prompt")
+    for column, value in completions.items():
+        if value is None:
             there = [name for name, value in row.items() if value is not None]
-            return f"column {column!r} is missing; the row has {', '.join(map(repr, there)) or 'nothing'}"
-    for column in ("prompt", "chosen", "rejected"):
-        value = row.get(column)
-        if value is None and column == "prompt":
-            continue
+            return f"column {column} is missing; the row has {', '.join(map(repr, there)) or 'nothing'}"
+    for column, value in {"'prompt'": "" if prompt is None else prompt, **completions}.items():
         if isinstance(value, list):
             for number, message in enumerate(value, start=1):
                 problem = _check_message(message)
                 if problem:
-                    return f"column {column!r}, message {number} {problem}"
-            if not value and column != "prompt":
-                return f"column {column!r} is an empty list of messages"
+                    return f"column {column}, message {number} {problem}"
+            if not value and column != "'prompt'":
+                return f"column {column} is an empty list of messages"
         elif not isinstance(value, str):
-            return f"column {column!r} is {type(value).__name__}: it must be text or a list of messages"
-        elif not value.strip() and column != "prompt":
-            return f"column {column!r} is empty"
-    if isinstance(row["chosen"], list) != isinstance(row["rejected"], list):
-        return "columns 'chosen' and 'rejected' differ in kind: both must be text, or both lists of messages"
-    if isinstance(row.get("prompt"), list) and isinstance(row["chosen"], str):
-        return "column 'prompt' is a list of messages but 'chosen' is text: make both the same kind"
-    if row["chosen"] == row["rejected"]:
-        return "columns 'chosen' and 'rejected' are equal: there is no preference to learn"
+            return f"column {column} is {type(value).__name__}: it must be text or a list of messages"
+        elif not value.strip() and column != "'prompt'":
+            return f"column {column} is empty"
+    (best, chosen), *others = completions.items()
+    for column, value in others:
+        if isinstance(chosen, list) != isinstance(value, list):
+            return f"columns {best} and {column} differ in kind: both must be text, or both lists of messages"
+    if isinstance(prompt, list) and isinstance(chosen, str):
+        return f"column 'prompt' is a list of messages but {best} is text: make both the same kind"
+    for column, value in others:
+        if chosen == value:
+            return f"columns {best} and {column} are equal: there is no preference to learn"
     return None
+
+
+def completions_of(row: dict) -> dict:
+    """The completions of a row, best first, under the names that messages give them: chosen, then rejected, one or a
+    list of several; or, where there is no chosen, `completions` by falling `scores`."""
+    if _has_scores(row):
+        order = sorted(range(len(row["scores"])), key=lambda i: -row["scores"][i])
+        return {f"'completions', number {i + 1},": row["completions"][i] for i in order}
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if not _is_several(rejected):
+        return {"'chosen'": chosen, "'rejected'": rejected}
+    return {"'chosen'": chosen} | {f"'rejected', number {i},": each for i, each in enumerate(rejected, start=1)}
+
+
+def _has_scores(row: dict) -> bool:
+    return row.get("chosen") is None and row.get("completions") is not None
+
+
+def _is_several(value) -> bool:
+    """Whether a value holds several completions: a list of texts, of conversations or of token ids."""
+    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], str | list)
+
+
+def _check_scores(row: dict) -> str | None:
+    if not _has_scores(row):
+        return None
+    completions, scores = row["completions"], row.get("scores")
+    if not _is_several(completions) or len(completions) < 2:
+        return "column 'completions' must be a list of two or more texts or conversations"
+    if not isinstance(scores, list) or len(scores) != len(completions):
+        return f"column 'scores' must be a list of {len(completions)} numbers, one for each of 'completions'"
+    if not all(_is_number(score) for score in scores):
+        return f"column 'scores' is {scores}: each must be a number"
+    return None
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _check_message(message) -> str | None:
@@ -66,35 +109,30 @@ def _check_message(message) -> str | None:
 # ------------------------------------------------------------------------------------------- from conversation to text
 
 
-def split_prompt(row: dict) -> dict:
-    """Gives prompt, chosen and rejected apart, whether or not the row has a prompt column.
+def split_prompt(prompt: str | list[dict] | None, completions: list) -> tuple:
+    """(prompt, completions), each apart from the other, whether or not the row has a prompt of its own.
 
-    An implicit prompt is the shared start of chosen and rejected: their first equal messages, or in text all up to the
-    last "\\n\\nAssistant:" in it (Anthropic's HH format), or else up to the last space before they part.
+    An implicit prompt is the shared start of the completions: their first equal messages, or in text all up to the
+    last "\n\nAssistant:" in it (Anthropic's HH format), or else up to the last space before they part.
     """
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if isinstance(chosen, str):
+    if isinstance(completions[0], str):
         if prompt is None:
-            prompt = os.path.commonprefix([chosen, rejected])
+            prompt = os.path.commonprefix(completions)
             turn = prompt.rfind("\n\nAssistant:")
             # The space stays with the completion, as byte-pair vocabularies have it; a word is never cut in two.
             cut = turn + len("\n\nAssistant:") if turn >= 0 else max(prompt.rfind(" "), prompt.rfind("\n"), 0)
-            prompt, chosen, rejected = prompt[:cut], chosen[cut:], rejected[cut:]
-        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    prompt, chosen, rejected = _without_nulls(prompt), _without_nulls(chosen), _without_nulls(rejected)
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
-    )
+            prompt, completions = prompt[:cut], [completion[cut:] for completion in completions]
+        return prompt, completions
+    prompt, completions = _without_nulls(prompt), _without_nulls(completions)
     if isinstance(prompt, list) and prompt:
-        repeated = chosen[: len(prompt)] == rejected[: len(prompt)] == prompt
-        return {"prompt": prompt} | {
-            key: messages[len(prompt) :] if repeated else messages
-            for key, messages in (("chosen", chosen), ("rejected", rejected))
-        }
-    start = chosen[:shared]
+        repeated = all(completion[: len(prompt)] == prompt for completion in completions)
+        return prompt, [completion[len(prompt) if repeated else 0 :] for completion in completions]
+    parted = (i for i, each in enumerate(zip(*completions, strict=False)) if any(other != each[0] for other in each))
+    shared = next(parted, min(map(len, completions)))
+    start = completions[0][:shared]
     if prompt and not any(message["role"] == "user" for message in start):
         start = [{"role": "user", "content": prompt}] + start  # else the conversations repeat a prompt that is text
-    return {"prompt": start, "chosen": chosen[shared:], "rejected": rejected[shared:]}
+    return start, [completion[shared:] for completion in completions]
 
 
 def _without_nulls(value):
@@ -107,18 +145,18 @@ def _without_nulls(value):
 
 
 def render_row(row: dict, processing_class) -> dict:
-    """Row to text: {"prompt", "chosen", "rejected", "templated", "unstable"}.
+    """Row to text: {"prompt", "completions", "templated", "unstable"}, completions a list, best first.
 
     Conversations go through the chat template: the prompt with its generation prompt, and each completion as what the
     whole conversation has beyond that. A template that renders the whole otherwise than it began (`unstable`) is split
-    where the three renderings part. `tools` may be a list of JSON schemas or their JSON text.
+    where the renderings part. `tools` may be a list of JSON schemas or their JSON text.
 
     Raises: ValueError that names the column, if `tools` is not JSON or the template fails.
     """
-    has_prompt = bool(row.get("prompt"))
-    row = {**row, **split_prompt(row)}
-    if isinstance(row["chosen"], str):
-        return {key: row[key] for key in ("prompt", "chosen", "rejected")} | {"templated": False, "unstable": False}
+    columns, completions = zip(*completions_of(row).items(), strict=True)
+    prompt, completions = split_prompt(row.get("prompt"), list(completions))
+    if isinstance(completions[0], str):
+        return {"prompt": prompt, "completions": completions, "templated": False, "unstable": False}
     tools = row.get("tools") or None
     try:
         tools = json.loads(tools) if isinstance(tools, str) else _without_nulls(tools)
@@ -131,19 +169,14 @@ def render_row(row: dict, processing_class) -> dict:
         try:
             return processing_class.apply_chat_template(messages, tools=tools, tokenize=False, **options)
         except Exception as error:  # a template is a program of somebody else's: it may raise anything
-            raise ValueError(f"column {column!r} does not fit the chat template: {first_line(error)}") from error
+            raise ValueError(f"column {column} does not fit the chat template: {first_line(error)}") from error
 
-    ask = bool(row["prompt"]) and row["prompt"][-1]["role"] != "assistant"
-    prompt = render(row["prompt"], "prompt" if has_prompt else "chosen", add_generation_prompt=ask)
-    chosen, rejected = (render(row["prompt"] + row[column], column) for column in ("chosen", "rejected"))
-    start = os.path.commonprefix([prompt, chosen, rejected])
-    return {
-        "prompt": start,
-        "chosen": chosen[len(start) :],
-        "rejected": rejected[len(start) :],
-        "templated": True,
-        "unstable": start != prompt,
-    }
+    ask = bool(prompt) and prompt[-1]["role"] != "assistant"
+    before = render(prompt, "'prompt'" if row.get("prompt") else columns[0], add_generation_prompt=ask)
+    wholes = [render(prompt + each, column) for each, column in zip(completions, columns, strict=True)]
+    start = os.path.commonprefix([before, *wholes])
+    completions = [whole[len(start) :] for whole in wholes]
+    return {"prompt": start, "completions": completions, "templated": True, "unstable": start != before}
 
 
 def first_line(error: Exception) -> str:
@@ -155,7 +188,7 @@ def first_line(error: Exception) -> str:
 
 
 def tokenize_row(
-    features: dict[str, str],
+    features: dict[str, str | list[str]],
     processing_class,
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
@@ -165,13 +198,14 @@ def tokenize_row(
     truncation_mode: str = "keep_end",
     prepend_bos: bool = False,
 ) -> dict[str, list[int]]:
-    """Text to token ids: {"prompt_input_ids", "chosen_input_ids", "rejected_input_ids"}.
+    """Text to token ids: {"prompt_input_ids", "chosen_input_ids", "rejected_input_ids"}, the last a list of lists where
+    rejected is a list of texts.
 
     Prompt and completions are tokenised apart, as they meet at inference: the model gets the prompt's own tokens and
     goes on from there. A completion ends with exactly one end-of-sequence token; one that is cut has none.
 
     Args:
-        features: prompt, chosen and rejected, each text.
+        features: prompt, chosen and rejected, each text; rejected may be a list of texts.
         processing_class: a tokenizer, or a processor that has one.
         max_prompt_length, max_completion_length, max_length, truncation_mode: see `truncate_row`.
         add_special_tokens: put BOS before and EOS after the prompt, as encoder-decoder models want it.
@@ -184,10 +218,13 @@ def tokenize_row(
         prompt = [bos] + prompt
     if add_special_tokens and eos is not None:
         prompt = prompt + [eos]
-    completions = [_completion_ids(features[key], tokenizer) for key in ("chosen", "rejected")]
-    ids = {"prompt_input_ids": prompt, "chosen_input_ids": completions[0], "rejected_input_ids": completions[1]}
+    chosen, rejected = _completion_ids(features["chosen"], tokenizer), features["rejected"]
+    if _is_several(rejected):
+        rejected = [_completion_ids(text, tokenizer) for text in rejected]
+    else:
+        rejected = _completion_ids(rejected, tokenizer)
     return truncate_row(
-        ids,
+        {"prompt_input_ids": prompt, "chosen_input_ids": chosen, "rejected_input_ids": rejected},
         bos_token_id=bos,
         max_prompt_length=max_prompt_length,
         max_completion_length=max_completion_length,
@@ -212,11 +249,13 @@ def truncate_row(
             begin-of-sequence token in front stays, unless there is room for one token only.
         max_completion_length: a longer completion loses its end, its end-of-sequence token with it.
         max_length: of prompt and completion together. "keep_end" takes the excess of the longer completion off the
-            prompt's start (both completions keep the same prompt, of at least one token); what is then still too long,
+            prompt's start (all completions keep the same prompt, of at least one token); what is then still too long,
             and all with "keep_start", comes off the completion's end, even if nothing of it is left.
     """
-    prompt = ids["prompt_input_ids"]
-    completions = [ids[key][:max_completion_length] for key in ("chosen_input_ids", "rejected_input_ids")]
+    prompt, rejected = ids["prompt_input_ids"], ids["rejected_input_ids"]
+    several = _is_several(rejected)
+    completions = [ids["chosen_input_ids"], *(rejected if several else [rejected])]
+    completions = [completion[:max_completion_length] for completion in completions]
     room = len(prompt) if max_prompt_length is None else min(len(prompt), max_prompt_length)
     if max_length is not None and truncation_mode == "keep_end":
         room = min(room, max(1, max_length - max(map(len, completions))))
@@ -226,7 +265,9 @@ def truncate_row(
         prompt = head + (prompt[len(prompt) - kept :] if truncation_mode == "keep_end" else prompt[len(head) : room])
     if max_length is not None:
         completions = [completion[: max(0, max_length - len(prompt))] for completion in completions]
-    return {"prompt_input_ids": prompt, "chosen_input_ids": completions[0], "rejected_input_ids": completions[1]}
+    chosen, *rejected = completions
+    rejected = rejected if several else rejected[0]
+    return {"prompt_input_ids": prompt, "chosen_input_ids": chosen, "rejected_input_ids": rejected}
 
 
 def _completion_ids(text: str, tokenizer) -> list[int]:
@@ -254,49 +295,69 @@ def _continuation_ids(text: str, tokenizer) -> list[int]:
 # ---------------------------------------------------------------------------------------------------- a whole dataset
 
 
-PREPARED = Features(
-    {f"{part}_input_ids": List(Value("int64")) for part in ("prompt", "chosen", "rejected")}
-    | {"length": Value("int64"), "problem": Value("string")}
-    | {flag: Value("bool") for flag in ("lost", "same", "truncated", "unstable", "boundary")}
-)
+IDS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
+FLAGS = ("lost", "same", "truncated", "unstable", "boundary")
 
 
-def _prepare_row(row: dict, *, processing_class, numbers: list[str], prepend_bos: bool, source: str, **limits) -> dict:
+def _prepare_row(
+    row: dict,
+    *,
+    processing_class,
+    numbers: list[str],
+    prepend_bos: bool,
+    ranked: bool,
+    allow_ties: bool,
+    source: str,
+    **limits,
+) -> dict:
     """One row to token ids and what there is to say about it; problems are returned, since a worker process that
     raises would lose the row's number and the words. `source` only tells the cache of datasets that the code changed.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    result = dict.fromkeys(("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"), [])
-    result |= {"length": 0, "problem": ""} | dict.fromkeys(("lost", "same", "truncated", "unstable", "boundary"), False)
-    result |= dict.fromkeys(numbers, 0.0)
+    result = dict.fromkeys(IDS, []) | dict.fromkeys(FLAGS, False) | dict.fromkeys(numbers, 0.0)
+    result |= {"scores": [], "length": 0, "problem": ""}
     problem = check_row(row)
     for column in numbers:
-        if not isinstance(row[column], int | float) or not math.isfinite(row[column]):
+        if not _is_number(row[column]):
             problem = problem or f"column {column!r} is {row[column]!r}: it must be a number"
     if problem:
         return result | {"problem": problem}
     result |= {column: float(row[column]) for column in numbers}
+    columns = list(completions_of(row))
+    if len(columns) > 2 and not ranked:
+        other = "the loss is one of pairs: choose loss_type plackett_luce or exo"
+        return result | {"problem": f"it ranks {len(columns)} completions, {other}"}
+    if _has_scores(row):
+        result["scores"] = sorted(map(float, row["scores"]), reverse=True)
+        if len(set(result["scores"])) < len(columns) and not allow_ties:
+            return result | {
+                "problem": f"column 'scores' is {row['scores']}: equal ones are no ranking (loss_type exo takes them)"
+            }
     try:
         text = render_row(row, processing_class)
     except ValueError as error:
         return result | {"problem": str(error)}
-    for column in ("chosen", "rejected"):
-        if not text[column].strip():
-            return result | {"problem": f"column {column!r} is empty after the shared prompt"}
-    if text["chosen"] == text["rejected"]:
-        return result | {"problem": "columns 'chosen' and 'rejected' are equal as the chat template renders them"}
+    chosen, *rejected = text["completions"]
+    for column, completion in zip(columns, text["completions"], strict=True):
+        if not completion.strip():
+            return result | {"problem": f"column {column} is empty after the shared prompt"}
+    if chosen in rejected:
+        equal = columns[1 + rejected.index(chosen)]
+        return result | {"problem": f"columns {columns[0]} and {equal} are equal as the chat template renders them"}
 
     prepend_bos = prepend_bos and not text["templated"]
-    ids = tokenize_row(text, processing_class, prepend_bos=prepend_bos)
+    features = {"prompt": text["prompt"], "chosen": chosen, "rejected": rejected}
+    ids = tokenize_row(features, processing_class, prepend_bos=prepend_bos)
     if not ids["prompt_input_ids"]:
         if tokenizer.bos_token_id is None:
             return result | {"problem": "column 'prompt' is empty and the tokenizer has no BOS token to start from"}
         ids["prompt_input_ids"] = [tokenizer.bos_token_id]
     boundary = False
-    for column in ("chosen", "rejected"):
+    tokens_of = [ids["chosen_input_ids"], *ids["rejected_input_ids"]]
+    for completion, tokens in zip(text["completions"], tokens_of, strict=True):
         # Up to the completion's first token: what follows it lies beyond the boundary.
-        apart = ids["prompt_input_ids"] + ids[f"{column}_input_ids"][:1]
-        joint = tokenizer(text["prompt"] + text[column], add_special_tokens=False)["input_ids"]
+        apart = ids["prompt_input_ids"] + tokens[:1]
+        joint = tokenizer(text["prompt"] + completion, add_special_tokens=False)["input_ids"]
         if apart[0] == tokenizer.bos_token_id and joint[0] != apart[0]:
             joint = apart[:1] + joint
         boundary = boundary or joint[: len(apart)] != apart
@@ -305,9 +366,10 @@ def _prepare_row(row: dict, *, processing_class, numbers: list[str], prepend_bos
     return {
         **result,
         **cut,
-        "length": len(prompt) + max(len(chosen), len(rejected)),
-        "lost": not (chosen and rejected),
-        "same": bool(chosen) and chosen == rejected,
+        "rejected_input_ids": rejected if ranked else rejected[0],
+        "length": len(prompt) + max(map(len, (chosen, *rejected))),
+        "lost": not all((chosen, *rejected)),
+        "same": bool(chosen) and chosen in rejected,
         "truncated": cut != ids,
         "unstable": text["unstable"],
         "boundary": boundary,
@@ -322,14 +384,18 @@ def prepare_dataset(
     max_completion_length: int | None = None,
     max_length: int | None = None,
     truncation_mode: str = "keep_end",
+    ranked: bool = False,
+    allow_ties: bool = False,
     skip_bad_rows: bool = False,
     num_proc: int | None = None,
 ) -> Dataset:
     """Checks, renders and tokenises every row; named datasets become one dataset of token ids.
 
+    Args: ranked, rows may rank more than two completions: rejected_input_ids is then a list of lists; allow_ties, some
+    of a row's scores may be equal; the limits as in `truncate_row`.
     Returns: a Dataset with prompt_input_ids, chosen_input_ids, rejected_input_ids and length (tokens of the prompt and
-    the longer completion); and margin and weight, numbers of a pair, where the rows have them. Other columns are left
-    out.
+    the longest completion); and margin and weight, numbers of a row, and scores (of ranked completions, best first),
+    where all rows have them. Other columns are left out.
     Raises: ValueError that names part, row (counting from 1) and column of the first bad row, unless skip_bad_rows;
     ValueError when no row is left. Rows left out, and what else is worth knowing, are counted and logged.
     """
@@ -344,18 +410,27 @@ def prepare_dataset(
         "max_completion_length": max_completion_length,
         "max_length": max_length,
         "truncation_mode": truncation_mode,
+        "ranked": ranked,
+        "allow_ties": allow_ties,
         "source": Path(__file__).read_text(encoding="utf-8"),
     }
+    features = {column: List(Value("int64")) for column in IDS} | dict.fromkeys(FLAGS, Value("bool"))
+    features |= {"rejected_input_ids": List(List(Value("int64")))} if ranked else {}
+    features |= {"length": Value("int64"), "problem": Value("string"), "scores": List(Value("float32"))}
+    features |= dict.fromkeys(numbers, Value("float32"))
     prepared = []
     for name, rows in parts.items():
         if len(rows) == 0:
             raise ValueError(f"{name} has no rows: it must hold at least one preference pair")
-        missing = {"chosen", "rejected"} - set(rows.column_names)
+        wanted = {"chosen", "rejected"}
+        if "chosen" not in rows.column_names and "completions" in rows.column_names:
+            wanted = {"completions", "scores"}
+        missing = wanted - set(rows.column_names)
         if missing:
             there = ", ".join(map(repr, rows.column_names))
             raise ValueError(f"{name}: column {min(missing)!r} is missing; it has {there}: add it, or rename one")
-        conversational = isinstance(rows[0]["chosen"], list)
-        if conversational and getattr(processing_class, "chat_template", None) is None:
+        first = rows[0]["chosen"] if "chosen" in wanted else (rows[0]["completions"] or [""])[0]
+        if isinstance(first, list) and getattr(processing_class, "chat_template", None) is None:
             raise ValueError(
                 f"{name} holds conversations but the tokenizer {tokenizer.name_or_path!r} has no chat template: "
                 "take a model made for chat, or save its tokenizer with a chat_template"
@@ -364,7 +439,7 @@ def prepare_dataset(
             _prepare_row,
             fn_kwargs=options,
             remove_columns=rows.column_names,
-            features=Features({**PREPARED, **dict.fromkeys(numbers, Value("float32"))}),
+            features=Features(features),
             num_proc=num_proc,
             desc=f"Tokenizing {name}",
         )
@@ -374,7 +449,7 @@ def prepare_dataset(
         prepared.append(rows)
     rows = concatenate_datasets(prepared)
 
-    columns = ["prompt_input_ids", "chosen_input_ids", "rejected_input_ids", "length", *numbers]
+    columns = [*IDS, "length", *numbers]
     said = rows.remove_columns(columns)[:]
     keep = [i for i, out in enumerate(zip(said["problem"], said["lost"], strict=True)) if not any(out)]
     bad = sum(map(bool, said["problem"]))
@@ -393,5 +468,6 @@ def prepare_dataset(
             f"{', '.join(parts)}: no row is left; {bad} are bad and of {sum(said['lost'])} truncation would leave "
             "nothing of a completion: mend the rows, or raise max_length"
         )
-    rows = rows.select_columns(columns)
+    has_scores = ranked and all(said["scores"][i] for i in keep)
+    rows = rows.select_columns([*columns, "scores"] if has_scores else columns)
     return rows.select(keep) if len(keep) < len(rows) else rows

@@ -72,12 +72,10 @@ def mean_over_ranks(sums: dict, world: World) -> dict[str, float]:
     return {key: total / pairs for key, total in totals.items()} | rate | {"tokens": tokens}
 
 
-def gather_pairs(
-    values: dict[str, torch.Tensor], real: int, world: World | None
-) -> tuple[dict[str, torch.Tensor], slice]:
-    """The first `real` entries of (B,) tensors of all processes, in the order of their ranks, with their gradients; and
-    where this process's own are among them."""
-    values = {key: value[:real] for key, value in values.items()}
+def gather_pairs(values: dict[str, torch.Tensor], world: World | None) -> tuple[dict[str, torch.Tensor], slice]:
+    """The (B,) tensors of all processes, each with its own B, one behind the other in the order of ranks, with their
+    gradients; and where this process's own are among them."""
+    real = len(next(iter(values.values())))
     if world is None or world.size == 1:
         return values, slice(0, real)
     counts = gather_lists([real], world)

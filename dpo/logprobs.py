@@ -76,10 +76,17 @@ def concatenated_forward(
     Returns: chosen_logps, rejected_logps (B,) float32 sums in nats; chosen_lengths, rejected_lengths (B,) int64,
     completion tokens; tokens (B,) int64, all that the model read of the pair; with use_weighting wpo_weights (B,) =
     min(1, exp(s_w + s_l)), s the mean of a completion's `wpo_token_scores`; aux_loss () where the model returns one.
+    With K > 2 completions rejected_logps and rejected_lengths are (B, K−1), by rank, 0 where a row has fewer.
     """
     if "owner" not in batch:
-        batch = padded_inputs(concatenated_inputs(batch, padding_value), padding_value)
-    targets, owner, lengths = batch["targets"], batch["owner"], batch["lengths"]
+        rejected = batch["rejected_input_ids"]
+        completions = 1 + rejected.shape[1] if rejected.ndim == 3 else 2
+        batch = padded_inputs(concatenated_inputs(batch, padding_value), padding_value, completions)
+    targets, owner, lengths, pairs = batch["targets"], batch["owner"], batch["lengths"], len(batch["tokens"])
+    if len(lengths) > 2 * pairs and (ld_alpha is not None or use_weighting):
+        raise ValueError(
+            "ld_alpha and use_weighting are for pairs, and the batch ranks more completions: leave them out"
+        )
     inputs = {key: value for key, value in batch.items() if key not in NOT_FOR_THE_MODEL}
     if accepts_logits_to_keep(model):
         output = model(**inputs, use_cache=False)
@@ -92,14 +99,10 @@ def concatenated_forward(
     if ld_alpha is not None:
         per_token = per_token * ld_weights(owner, lengths, ld_alpha=ld_alpha)
     logps = sum_by_owner(per_token, owner, len(lengths))
-    (chosen_logps, rejected_logps), (chosen_lengths, rejected_lengths) = logps.chunk(2), lengths.chunk(2)
-    scores = {
-        "chosen_logps": chosen_logps,
-        "rejected_logps": rejected_logps,
-        "chosen_lengths": chosen_lengths,
-        "rejected_lengths": rejected_lengths,
-        "tokens": batch["tokens"],
-    }
+    scores = {"tokens": batch["tokens"]}
+    for key, values in (("logps", logps), ("lengths", lengths)):
+        rejected = values[pairs:].unflatten(0, (-1, pairs)).T  # (B, K−1)
+        scores |= {f"chosen_{key}": values[:pairs], f"rejected_{key}": rejected.squeeze(1)}
     if use_weighting:
         means = sum_by_owner(wpo_token_scores(logits, targets), owner, len(lengths)) / lengths
         scores["wpo_weights"] = sum(means.chunk(2)).exp().clamp(max=1)

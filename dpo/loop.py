@@ -28,7 +28,7 @@ from dpo.config import DPOConfig, parse_args
 from dpo.data import prepare_dataset
 from dpo.distributed import World
 from dpo.logprobs import concatenated_forward
-from dpo.losses import OVER_THE_BATCH, WITHOUT_REFERENCE, dpo_loss
+from dpo.losses import OF_RANKINGS, OVER_THE_BATCH, WITHOUT_REFERENCE, dpo_loss
 from dpo.reference import adapter_starts_at_zero, compute_ref_log_probs, frozen_copy, sync_reference
 from dpo.report import create_model_card
 from dpo.sampling import generate_from_model_and_ref
@@ -37,7 +37,7 @@ from dpo.sources import load_preferences
 # What dpo_loss and the configuration call by the same names.
 LOSS_OPTIONS = (
     "loss_type loss_weights beta label_smoothing f_divergence_type f_alpha_divergence_coef reference_free discopop_tau "
-    "rpo_alpha simpo_gamma orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha chipo_clip"
+    "rpo_alpha simpo_gamma orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha chipo_clip exo_beta_r"
 ).split()
 __all__ = ["Run", "create_model_card", "evaluate", "generate_from_model_and_ref", "get_batch_loss_metrics", "train"]
 logger = logging.getLogger("dpo")
@@ -379,23 +379,25 @@ def get_batch_loss_metrics(
     sums over batches and processes are exact.
     """
     names = loss_names(args)
-    real = len(batch["prompt_input_ids"]) if real is None else real
     common = {"padding_value": padding_value, "ld_alpha": args.ld_alpha}
     scores = concatenated_forward(model, batch, **common, use_weighting=args.use_weighting)
-    tokens, aux_loss = scores.pop("tokens"), scores.pop("aux_loss", None)
+    aux_loss = scores.pop("aux_loss", None)
     reference = torch.zeros_like(scores["chosen_logps"]), torch.zeros_like(scores["rejected_logps"])
     if needs_reference(args):
         reference = compute_ref_log_probs(batch, policy=model, ref_model=ref_model, **common)
-    scores |= {"ref_chosen_logps": reference[0], "ref_rejected_logps": reference[1]}
-    scores |= {"margins": batch["margin"]} if "margin" in batch else {}
+    scores["ref_chosen_logps"], scores["ref_rejected_logps"] = reference
+    columns = {"margin": "margins", "scores": "scores", "weight": "weights"}
+    scores |= {name: batch[column] for column, name in columns.items() if column in batch}
+    scores = {key: value[:real] for key, value in scores.items()}
+    tokens, weights = scores.pop("tokens"), scores.pop("weights", 1.0)
 
-    options, own = {name: getattr(args, name) for name in LOSS_OPTIONS}, slice(0, real)
+    options, own = {name: getattr(args, name) for name in LOSS_OPTIONS}, slice(None)
     if "bco_pair" in names and bco is not None:
         if train_eval == "train":
-            update_bco(bco, scores, real, beta=args.beta, world=world)
+            update_bco(bco, scores, beta=args.beta, world=world)
         options["bco_delta"] = bco["sum"] / max(bco["count"], 1.0)
     if set(names) & set(OVER_THE_BATCH):  # all that follows is over the pairs of all processes
-        scores, own = distributed.gather_pairs(scores, real, world)
+        scores, own = distributed.gather_pairs(scores, world)
     losses, chosen_rewards, rejected_rewards = dpo_loss(**scores, **options)
     parts = {}
     if len(names) > 1:
@@ -404,26 +406,33 @@ def get_batch_loss_metrics(
             parts[f"loss/{name}"] = dpo_loss(**scores, **alone)[0]
     if set(names) & set(OVER_THE_BATCH):
         losses = losses.mean().expand_as(losses)  # a quantile belongs to no pair
-    losses, chosen_rewards, rejected_rewards = losses[own], chosen_rewards[own], rejected_rewards[own]
-    if "weight" in batch:
-        losses = losses * batch["weight"][:real]
+    losses = losses[own] * weights
     if aux_loss is not None:
         losses = losses + distributed.unwrap(model).config.router_aux_loss_coef * aux_loss
+    rejected_rewards, best_rejected = mean_and_best(rejected_rewards, scores["rejected_lengths"])
     metrics = {
-        "loss": losses,
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
-        "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
+        "rewards/accuracies": (chosen_rewards > best_rejected).float(),
         "rewards/margins": chosen_rewards - rejected_rewards,
-        "logps/chosen": scores["chosen_logps"][own],
-        "logps/rejected": scores["rejected_logps"][own],
-        "tokens": tokens[:real],
-        **{key: part[own] for key, part in parts.items()},
+        "logps/chosen": scores["chosen_logps"],
+        "logps/rejected": mean_and_best(scores["rejected_logps"], scores["rejected_lengths"])[0],
+        **parts,
     }
+    metrics = {"loss": losses, "tokens": tokens} | {key: value[own] for key, value in metrics.items()}
     if aux_loss is not None:
         metrics["aux_loss"] = aux_loss.expand_as(losses)
     prefix = "eval_" if train_eval == "eval" else ""
     return losses, {prefix + key: value.detach() for key, value in metrics.items()}
+
+
+def mean_and_best(rejected: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean and the largest over each row's rejected completions, (B, K−1) to (B,), those of no tokens left out."""
+    if rejected.ndim == 1:  # pairs: there is one
+        return rejected, rejected
+    there = lengths > 0
+    mean = rejected.masked_fill(~there, 0).sum(dim=1) / there.sum(dim=1)
+    return mean, rejected.masked_fill(~there, -math.inf).amax(dim=1)
 
 
 @torch.no_grad()
@@ -479,6 +488,7 @@ def evaluate(
 
 def prepare_data(train_dataset, eval_dataset, processing_class, *, args: DPOConfig, world: World):
     """Tokenised training rows, and {label: tokenised rows} to evaluate on; the label of a single set is empty."""
+    names = loss_names(args)
 
     def prepare(source, split: str, subset: str | None = None) -> datasets.Dataset:
         with distributed.first_process_first(world):
@@ -489,11 +499,19 @@ def prepare_data(train_dataset, eval_dataset, processing_class, *, args: DPOConf
                 max_completion_length=args.max_completion_length,
                 max_length=args.max_length,
                 truncation_mode=args.truncation_mode,
+                ranked=bool(set(names) & set(OF_RANKINGS)),
+                allow_ties="plackett_luce" not in names and "exo" in names,
                 skip_bad_rows=args.skip_bad_rows,
                 num_proc=args.dataset_num_proc,
             )
-        if "odpo" in loss_names(args) and "margin" not in rows.column_names:
+        if "odpo" in names and "margin" not in rows.column_names:
             raise ValueError("loss_type odpo needs a number for each pair: add a column margin to the dataset")
+        if args.exo_beta_r != DPOConfig().exo_beta_r and "scores" not in rows.column_names:
+            raise ValueError("exo_beta_r does nothing without scores: leave it out, or add columns completions, scores")
+        if "exo" in names and args.label_smoothing and "scores" in rows.column_names:
+            raise ValueError(
+                "label_smoothing does nothing for loss_type exo where the dataset has scores: leave it out"
+            )
         return rows
 
     if train_dataset is None and args.dataset_name is None:
@@ -575,11 +593,11 @@ def needs_reference(args: DPOConfig) -> bool:
     return not args.reference_free and not set(loss_names(args)) <= set(WITHOUT_REFERENCE)
 
 
-def update_bco(bco: dict[str, float], scores: dict, real: int, *, beta: float, world: World | None) -> None:
+def update_bco(bco: dict[str, float], scores: dict, *, beta: float, world: World | None) -> None:
     """Adds the rewards of this batch's pairs, chosen and rejected, of all processes, to BCO's running sum and count."""
     with torch.no_grad():
         ratios = [scores[f"{which}_logps"] - scores[f"ref_{which}_logps"] for which in ("chosen", "rejected")]
-        rewards = beta * torch.cat([ratio[:real] for ratio in ratios])
+        rewards = beta * torch.cat(ratios)
     added = {"sum": float(rewards.double().sum()), "count": float(len(rewards))}
     added = distributed.sum_over_ranks(added, world) if world else added
     for key in bco:

@@ -255,25 +255,47 @@ def sft_loss(chosen_logps: torch.Tensor, chosen_lengths: torch.Tensor) -> torch.
 # ------------------------------------------------------------------------------------------- K completions of a prompt
 
 
-def plackett_luce_loss(ratios: torch.Tensor, *, beta: float = 0.1) -> torch.Tensor:
-    """DPO over a ranking: −Σ_k log [e^(β r_k) / Σ_{j≥k} e^(β r_j)]; the sigmoid loss where K = 2.
+def plackett_luce_loss(ratios: torch.Tensor, *, beta: float = 0.1, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """DPO over a ranking: −Σ_k log [e^(β r_k) / Σ_{j≥k} e^(β r_j)]. The sigmoid loss where K = 2.
 
-    Args: ratios (B, K), log π/π_ref of K completions, best first. Returns: (B,). Source: Rafailov et al. 2023 (arXiv
-    2305.18290), appendix A.3, eq. 20.
+    Each completion is to be the best of those that come after it. For rankings of three or more: one row says more
+    than the pairs cut out of it, and repeats no prompt.
+
+    Args: ratios (B, K), log π/π_ref of K completions, best first; mask (B, K) bool, False where a row has fewer.
+    Returns: (B,). Source: Rafailov et al. 2023 (arXiv 2305.18290), appendix A.3, eq. 20.
     """
     rewards = beta * ratios
+    mask = torch.ones_like(ratios, dtype=torch.bool) if mask is None else mask
+    rewards = rewards.masked_fill(~mask, -1e30)  # −∞ for the sums, without its gradients
     rest = rewards.flip(-1).logcumsumexp(-1).flip(-1)  # log Σ_{j≥k} e^(β r_j)
-    return (rest - rewards).sum(-1)
+    return (rest - rewards).masked_fill(~mask, 0).sum(-1)
 
 
-def exo_loss(ratios: torch.Tensor, scores: torch.Tensor, *, beta: float = 0.1, exo_beta_r: float = 1.0) -> torch.Tensor:
-    """EXO over K completions: KL(softmax(β r) ‖ softmax(s/β_r)). The more completions, the nearer to the RL objective.
+def exo_loss(
+    ratios: torch.Tensor,
+    scores: torch.Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    exo_beta_r: float = 1.0,
+    label_smoothing: float = 0.0,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """EXO over K completions: KL(softmax(β r) ‖ p), p = softmax(s/β_r). The more completions, the nearer to the RL
+    objective. Without scores p is (1−ε, ε/(K−1), …): the best one against the rest, exo_pair where K = 2.
 
-    Args: ratios (B, K), log π/π_ref; scores (B, K), a reward model's; exo_beta_r β_r, their temperature.
-    Returns: (B,). Source: Ji et al. 2024 (arXiv 2402.00856), section 3.2.
+    Args: ratios (B, K), log π/π_ref, best first; scores (B, K), a reward model's; exo_beta_r β_r, their temperature;
+    label_smoothing ε, 0 means 1e-3; mask (B, K) bool, False where a row has fewer completions.
+    Returns: (B,). Source: Ji et al. 2024 (arXiv 2402.00856), section 3.2; smoothed labels for K > 2 are ours.
     """
-    policy, target = torch.log_softmax(beta * ratios, -1), torch.log_softmax(scores / exo_beta_r, -1)
-    return (policy.exp() * (policy - target)).sum(-1)
+    mask = torch.ones_like(ratios, dtype=torch.bool) if mask is None else mask
+    policy = torch.log_softmax((beta * ratios).masked_fill(~mask, -1e30), -1)
+    if scores is not None:
+        target = torch.log_softmax((scores / exo_beta_r).masked_fill(~mask, -1e30), -1)
+    else:
+        epsilon = ratios.new_tensor(label_smoothing or 1e-3)
+        target = torch.log(epsilon / (mask.sum(-1, keepdim=True) - 1)).repeat(1, ratios.shape[-1])
+        target[:, 0] = torch.log1p(-epsilon)
+    return (policy.exp() * (policy - target)).masked_fill(~mask, 0).sum(-1)
 
 
 # ----------------------------------------------------------------------------------------------------- f-divergences
@@ -335,10 +357,14 @@ LOSSES = {
     "odpo": odpo_loss,
     "r_dpo": r_dpo_loss,
     "chipo": chipo_loss,
+    "plackett_luce": plackett_luce_loss,
+    "exo": exo_loss,
 }
 WITHOUT_REFERENCE = ("sft", "simpo", "orpo", "cpo")  # they never look at π_ref
-WITH_F_DIVERGENCE = ("sigmoid", "robust", "hinge", "ipo", "exo_pair", "discopop", "odpo", "r_dpo")  # built on h
-WITH_LABEL_SMOOTHING = ("sigmoid", "robust", "exo_pair", "aot", "aot_pair", "aot_unpaired")
+OF_RANKINGS = ("plackett_luce", "exo")  # they take two or more completions of a prompt
+# Built on differences of log-ratios, h where there are two:
+WITH_F_DIVERGENCE = ("sigmoid", "robust", "hinge", "ipo", "exo_pair", "discopop", "odpo", "r_dpo", *OF_RANKINGS)
+WITH_LABEL_SMOOTHING = ("sigmoid", "robust", "exo_pair", "aot", "aot_pair", "aot_unpaired", "exo")
 OVER_THE_BATCH = ("aot", "aot_pair", "aot_unpaired")  # one value a quantile; want the global batch
 
 
@@ -376,6 +402,11 @@ def check_loss(
             f"f_divergence_type {f_divergence_type} has no meaning for loss_type {', '.join(names)}: it changes "
             f"the log-ratios of {', '.join(WITH_F_DIVERGENCE)}"
         )
+    if set(names) & set(OF_RANKINGS) and not set(names) <= {*OF_RANKINGS, "sft"}:
+        raise ValueError(
+            f"loss_type {', '.join(names)} mixes losses of rankings with losses of pairs: put {', '.join(OF_RANKINGS)} "
+            "together with each other or sft only"
+        )
     if reference_free and set(names) <= set(WITHOUT_REFERENCE):
         raise ValueError(f"loss_type {', '.join(names)} has no reference: leave out reference_free")
     return names
@@ -399,6 +430,7 @@ def dpo_loss(
     chosen_lengths: torch.Tensor | None = None,
     rejected_lengths: torch.Tensor | None = None,
     margins: torch.Tensor | None = None,
+    scores: torch.Tensor | None = None,
     wpo_weights: torch.Tensor | None = None,
     bco_delta: float = 0.0,
     simpo_gamma: float = 0.5,
@@ -407,13 +439,15 @@ def dpo_loss(
     dpop_lambda: float = 50.0,
     r_dpo_alpha: float = 0.01,
     chipo_clip: float = 10.0,
+    exo_beta_r: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss of each pair and its two implicit rewards r = β log π/π_ref (DPO, section 5.1).
 
     losses = Σ_i v weight_i L_i + rpo_alpha · (−log π(y_w|x)/|y_w|), v the pair's WPO weight; v = 1 where L_i is sft.
 
     Args:
-        chosen_logps, rejected_logps: (B,) float, log π(y|x) summed over completion tokens, nats.
+        chosen_logps, rejected_logps: (B,) float, log π(y|x) summed over completion tokens, nats. For the losses of
+            OF_RANKINGS rejected_logps may be (B, K−1), best first, its rejected_lengths 0 where a row has fewer.
         ref_chosen_logps, ref_rejected_logps: (B,) the same under the reference; may be None with reference_free and for
             losses that have no reference.
         loss_type: a key of LOSSES, or several, with their loss_weights (1 each by default).
@@ -425,11 +459,13 @@ def dpo_loss(
         chosen_lengths, rejected_lengths: (B,) completion tokens. Without them ipo, sigmoid_norm, simpo, orpo, cpo and
             sft take log-probabilities that are per-token means already.
         margins: (B,) the offset of odpo.
+        scores: (B, K) what a reward model gave to the completions, chosen first, for exo.
         wpo_weights: (B,) v of `concatenated_forward`, min(1, exp(s_w + s_l)); multiplies the preference losses, neither
             sft nor the RPO term.
         bco_delta, discopop_tau, simpo_gamma, ...: of the loss that has it in its name.
 
-    Returns: (losses, chosen_rewards, rejected_rewards), each (B,) float32 (float64 stays); the rewards are detached.
+    Returns: (losses, chosen_rewards, rejected_rewards), each (B,) float32 (float64 stays); the rewards are detached,
+        those of rejected completions have the shape of rejected_logps.
     Raises: ValueError for an unknown loss or a combination that has no meaning (`check_loss`). Needs: this whole file.
     """
     names = check_loss(
@@ -447,8 +483,15 @@ def dpo_loss(
         )
     if chosen_lengths is None and (rpo_alpha is not None or "r_dpo" in names):
         raise ValueError("rpo_alpha and loss_type r_dpo need chosen_lengths, r_dpo rejected_lengths, too")
-    if wpo_weights is not None and set(names) & set(OVER_THE_BATCH):
-        raise ValueError(f"wpo_weights belong to pairs and loss_type {', '.join(names)} to quantiles: leave them out")
+    if wpo_weights is not None and set(names) & {*OVER_THE_BATCH, *OF_RANKINGS}:
+        raise ValueError(f"wpo_weights belong to pairs and loss_type {', '.join(names)} does not: leave them out")
+    if rejected_logps.ndim > 1 and not set(names) <= {*OF_RANKINGS, "sft"}:
+        raise ValueError(
+            f"loss_type {', '.join(names)} is for pairs and rejected_logps is {tuple(rejected_logps.shape)}: choose "
+            f"{' or '.join(OF_RANKINGS)}"
+        )
+    if scores is not None and "exo" in names and label_smoothing:
+        raise ValueError("label_smoothing has no meaning for loss_type exo where there are scores: set it to 0")
     # bfloat16 holds 8 bits: −300.0 and −301.0 are the same number there. Subtract in float32 at least.
     dtype = torch.promote_types(chosen_logps.dtype, torch.float32)
     chosen_logps, rejected_logps = chosen_logps.to(dtype), rejected_logps.to(dtype)
@@ -458,7 +501,14 @@ def dpo_loss(
     w, l = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
     w_length, l_length = (1, 1) if chosen_lengths is None else (chosen_lengths, rejected_lengths)
     divergence = {"f_divergence_type": f_divergence_type, "f_alpha_divergence_coef": f_alpha_divergence_coef}
-    h = f_divergence_score(w, **divergence) - f_divergence_score(l, **divergence)
+    w_score, l_score = f_divergence_score(w, **divergence), f_divergence_score(l, **divergence)
+    if set(names) & set(OF_RANKINGS):
+        ratios = torch.column_stack([w_score, l_score])  # (B, K)
+        mask = None
+        if rejected_lengths is not None:
+            mask = torch.column_stack([torch.ones_like(w), rejected_lengths]) > 0
+    else:
+        h = w_score - l_score
 
     losses = torch.zeros_like(w)
     for name, weight in zip(names, loss_weights or [1.0] * len(names), strict=True):
@@ -497,6 +547,11 @@ def dpo_loss(
                 part = orpo_loss(chosen_logps / w_length, rejected_logps / l_length, orpo_lambda=orpo_lambda)
             case "cpo":
                 part = cpo_loss(chosen_logps, rejected_logps, w_length, beta=beta, cpo_alpha=cpo_alpha)
+            case "plackett_luce":
+                part = plackett_luce_loss(ratios, beta=beta, mask=mask)
+            case "exo":
+                options = {"exo_beta_r": exo_beta_r, "label_smoothing": label_smoothing}
+                part = exo_loss(ratios, scores, beta=beta, mask=mask, **options)
             case "sft":
                 part = sft_loss(chosen_logps, w_length)
         if wpo_weights is not None and name != "sft":

@@ -77,9 +77,8 @@ def _from_list(rows: list[dict]) -> Dataset:
     try:
         return Dataset.from_dict(columns)
     except Exception:  # a column of mixed kinds: keep each value as it is, and let the row that is wrong be named
-        columns = {
-            key: columns[key] for key in ("prompt", "chosen", "rejected", "tools", "margin", "weight") if key in columns
-        }
+        used = "prompt chosen rejected completions scores tools margin weight".split()
+        columns = {key: columns[key] for key in used if key in columns}
         return Dataset.from_dict(columns, features=Features(dict.fromkeys(columns, Json())))
 
 

@@ -14,6 +14,9 @@ from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dpo.config import DPOConfig
+from dpo.loop import train
+
 settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True, max_examples=100)
 settings.load_profile("fixed")
 torch.set_num_threads(1)  # tiny models gain nothing from a second
@@ -76,6 +79,33 @@ def make_rows(count: int, *, seed: int = 0, conversational: bool = False) -> lis
             chosen, rejected = ([{"role": "assistant", "content": text.strip()}] for text in (chosen, rejected))
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return rows
+
+
+def make_rankings(count: int, *, seed: int = 0, scores: bool = False) -> list[dict]:
+    """Rankings of two to four completions, the earlier colour the better; with scores, in another order."""
+    colours, rows = (" blue ", " red ", " grey ", " green "), []
+    for i, row in enumerate(make_rows(count, seed=seed)):
+        texts = [colour + row["chosen"].removeprefix(" blue ") for colour in colours[: 2 + i % 3]]
+        row = {"prompt": row["prompt"], "chosen": texts[0], "rejected": texts[1:]}
+        if scores:
+            row = {"prompt": row["prompt"], "completions": texts[::-1], "scores": [0.5 * j for j in range(len(texts))]}
+        rows.append(row)
+    return rows
+
+
+def start(output_dir: Path, model=None, rows=None, eval_rows=None, **options):
+    """A short run on the tiny model, every step logged; options are those of DPOConfig or arguments of `train`."""
+    names = ("callbacks", "compute_metrics", "optimizers", "peft_config", "ref_model")
+    arguments = {name: options.pop(name) for name in names if name in options}
+    defaults = {"learning_rate": 1e-3, "num_train_epochs": 1, "logging_steps": 1, "save_strategy": "no"}
+    return train(
+        make_model() if model is None else model,
+        args=DPOConfig(output_dir=str(output_dir), **{**defaults, "disable_tqdm": True, **options}),
+        train_dataset=make_rows(24) if rows is None else rows,
+        eval_dataset=eval_rows,
+        processing_class=make_tokenizer(),
+        **arguments,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -67,6 +67,44 @@ def test_padded_rows_are_prompt_then_completion_and_score_each_completion_token_
     assert inputs["tokens"].tolist() == [read[i] + read[i + len(rows)] for i in range(len(rows))]
 
 
+rankings = st.lists(
+    st.fixed_dictionaries(
+        {"prompt_input_ids": ids, "chosen_input_ids": ids, "rejected_input_ids": st.lists(ids, min_size=1, max_size=3)}
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(rankings, st.integers(0, 50))
+def test_rankings_are_stacked_by_rank_and_missing_completions_score_nothing(rows, pad_id):
+    batch = DataCollatorForPreference(pad_token_id=pad_id)(rows)
+    most = max(len(row["rejected_input_ids"]) for row in rows)
+    longest = max(len(completion) for row in rows for completion in row["rejected_input_ids"])
+    assert batch["rejected_input_ids"].shape == batch["rejected_attention_mask"].shape == (len(rows), most, longest)
+    inputs = padded_inputs(concatenated_inputs(batch, pad_id), pad_id, 1 + most)
+    sequences = [(row["prompt_input_ids"], row["chosen_input_ids"]) for row in rows]
+    for rank in range(most):
+        for row in rows:
+            there = rank < len(row["rejected_input_ids"])
+            sequences.append((row["prompt_input_ids"], row["rejected_input_ids"][rank] if there else []))
+    for i, (prompt, completion) in enumerate(sequences):
+        read = inputs["input_ids"][i][inputs["attention_mask"][i].bool()]
+        assert read.tolist() == prompt + completion
+        assert inputs["targets"][inputs["owner"] == i].tolist() == completion
+    assert inputs["lengths"].tolist() == [len(completion) for _, completion in sequences]
+    read = [len(p) + len(c) for p, c in sequences]
+    assert inputs["tokens"].tolist() == [sum(read[i :: len(rows)]) for i in range(len(rows))]
+
+
+def test_scores_are_padded_like_the_completions_they_belong_to():
+    rows = [{**EXAMPLES[0], "rejected_input_ids": [[6]], "scores": [2.0, 1.0]}]
+    rows += [{**EXAMPLES[1], "rejected_input_ids": [[11, 12], [13]], "scores": [3.0, 2.5, -1.0]}]
+    batch = DataCollatorForPreference(pad_token_id=0)(rows)
+    assert batch["scores"].tolist() == [[2.0, 1.0, 0.0], [3.0, 2.5, -1.0]]
+    assert batch["rejected_input_ids"].tolist() == [[[6, 0], [0, 0]], [[11, 12], [13, 0]]]
+
+
 plans = st.fixed_dictionaries(
     {
         "lengths": st.lists(st.integers(1, 99), min_size=1, max_size=60),

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 import transformers
@@ -21,23 +22,13 @@ from dpo.losses import LOSSES
 from dpo.models import disable_dropout, load_model, make_optimizer
 
 ROWS = make_rows(19)
+LIKE_SIGMOID = ("sigmoid", "hinge", "ipo", "odpo", "robust", "plackett_luce")  # there or on ROWS, or listed by itself
 NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d"]
 
 
 def start(output_dir: Path, model=None, rows=ROWS, **options):
-    defaults = {
-        "learning_rate": 1e-3,
-        "num_train_epochs": 1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    return train(
-        make_model(attention_dropout=0.3) if model is None else model,
-        args=DPOConfig(output_dir=str(output_dir), **{**defaults, **options}),
-        train_dataset=rows,
-        processing_class=make_tokenizer(),
-    )
+    """A short run whose policy has dropout to switch off."""
+    return conftest.start(output_dir, model=model or make_model(attention_dropout=0.3), rows=rows, **options)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +52,7 @@ def plain_weights(tmp_path_factory):
         {"use_weighting": True},
         {"ld_alpha": 0.5},
         {"sync_ref_model": True, "ref_model_sync_steps": 1},
-        *({"loss_type": name} for name in LOSSES if name not in ("sigmoid", "hinge", "ipo", "odpo", "robust")),
+        *({"loss_type": name} for name in LOSSES if name not in LIKE_SIGMOID),
         {"loss_type": "robust", "label_smoothing": 0.2},
         {"reference_free": True},
         {"disable_dropout": False},
@@ -562,6 +553,10 @@ def test_a_written_configuration_runs_again(tmp_path):
         (["--lr_scheduler_type", "cosin"], "lr_scheduler_type is 'cosin': choose one of linear"),
         (["--fp16", "--dtype", "float16"], "fp16 needs weights of a wider dtype"),
         (["--use_weighting", "--loss_type", "aot"], "use_weighting weighs pairs"),
+        (["--use_weighting", "--loss_type", "plackett_luce"], "use_weighting weighs pairs"),
+        (["--ld_alpha", "0.5", "--loss_type", "exo"], "ld_alpha compares the two of a pair"),
+        (["--loss_type", "exo", "sigmoid"], "mixes losses of rankings with losses of pairs"),
+        (["--exo_beta_r", "2"], "exo_beta_r has no meaning for loss_type sigmoid: it belongs to exo"),
         (["--ld_alpha", "7"], "ld_alpha is 7.0: it must be at most 1"),
         (["--loss_type", "simpo", "--sync_ref_model"], "simpo has no reference"),
         (["--model_init_kwargs", "{a"], "model_init_kwargs is not JSON"),

@@ -227,7 +227,7 @@ def test_a_subset_is_refused_where_there_can_be_none(tmp_path):
     ],
 )
 def test_the_prompt_of_texts_is_found(row, prompt, chosen, rejected):
-    assert split_prompt(row) == {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    assert split_prompt(row.get("prompt"), [row["chosen"], row["rejected"]]) == (prompt, [chosen, rejected])
 
 
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -249,7 +249,7 @@ SYSTEM = {"role": "system", "content": "be brief"}
     ],
 )
 def test_the_prompt_of_conversations_is_found(row, prompt):
-    assert split_prompt(row) == {"prompt": prompt, "chosen": [BLUE], "rejected": [GREEN]}
+    assert split_prompt(row.get("prompt"), [row["chosen"], row["rejected"]]) == (prompt, [[BLUE], [GREEN]])
 
 
 def test_conversations_become_prompt_and_completions_of_the_chat_template(tokenizer):
@@ -495,6 +495,135 @@ def test_rows_cut_to_equal_completions_are_counted(tokenizer, caplog):
     assert "1 of 2 rows of dataset teach nothing" in caplog.text
 
 
+# ------------------------------------------------------------------------------------------------------------- rankings
+
+RANKING = {"prompt": "the sky is", "chosen": " blue", "rejected": [" grey", " red now", " green"]}
+SCORED = {"prompt": "the sky is", "completions": [" red now", " blue", " green", " grey"], "scores": [1, 9.5, -2, 3]}
+
+
+def said(texts: list[str]) -> list[list[dict]]:
+    return [[{"role": "assistant", "content": text.strip()}] for text in texts]
+
+
+def ranking_texts(tokenizer, row: dict) -> list[str]:
+    return [words(tokenizer, ids) for ids in (row["prompt_input_ids"], row["chosen_input_ids"])] + [
+        words(tokenizer, ids) for ids in row["rejected_input_ids"]
+    ]
+
+
+@pytest.mark.parametrize("source", ["a list", "jsonl", "parquet"])
+@pytest.mark.parametrize("row", [RANKING, SCORED], ids=["rejected is a list", "completions with scores"])
+def test_rankings_become_token_ids_best_first(row, source, tmp_path, tokenizer):
+    rows = [row] if source == "a list" else write_as(source, [row], tmp_path)
+    done = prepared(rows, tokenizer, ranked=True)
+    ends = [f"{text}<|im_end|>" for text in (" blue", " grey", " red now", " green")]
+    assert ranking_texts(tokenizer, done[0]) == ["the sky is", *ends]
+    longest = max(len(ids) for ids in (done[0]["chosen_input_ids"], *done[0]["rejected_input_ids"]))
+    assert done[0]["length"] == len(done[0]["prompt_input_ids"]) + longest
+    assert done[0].get("scores") == ([9.5, 3, 1, -2] if row is SCORED else None)
+
+
+def test_rankings_of_conversations_are_rendered_each_like_a_pair(tokenizer):
+    asked = {"prompt": [USER], "chosen": said([RANKING["chosen"]])[0], "rejected": said(RANKING["rejected"])}
+    scored = {"prompt": [USER], "completions": said(SCORED["completions"]), "scores": SCORED["scores"]}
+    implicit = {"chosen": [USER] + asked["chosen"], "rejected": [[USER] + each for each in asked["rejected"]]}
+    rows = prepared([asked], tokenizer, ranked=True), prepared([scored], tokenizer, ranked=True)
+    rows += (prepared([implicit], tokenizer, ranked=True),)
+    for done in rows:
+        for i, text in enumerate(asked["rejected"]):
+            pair = prepared([{**asked, "rejected": text}], tokenizer)[0]
+            assert done[0]["rejected_input_ids"][i] == pair["rejected_input_ids"]
+            assert done[0]["prompt_input_ids"] == pair["prompt_input_ids"]
+            assert done[0]["chosen_input_ids"] == pair["chosen_input_ids"]
+
+
+def test_the_implicit_prompt_of_a_ranking_is_what_all_its_completions_share():
+    start = "\n\nHuman: sky?\n\nAssistant:"
+    texts_ = [start + " It is blue", start + " It is grey", start + " Green"]
+    assert split_prompt(None, texts_) == (start, [" It is blue", " It is grey", " Green"])
+    talks = [[USER, BLUE, USER, BLUE], [USER, BLUE, USER, GREEN], [USER, GREEN]]
+    assert split_prompt(None, talks) == ([USER], [[BLUE, USER, BLUE], [BLUE, USER, GREEN], [GREEN]])
+
+
+def test_rows_of_a_ranking_may_have_different_numbers_of_completions_pairs_included(tokenizer, tmp_path):
+    rows = [RANKING, {**RANKING, "rejected": RANKING["rejected"][:2]}, {**RANKING, "rejected": " green"}]
+    for source in (rows, write_jsonl(tmp_path / "rankings.jsonl", rows[:2])):
+        done = prepared(source, tokenizer, ranked=True)
+        assert [len(row["rejected_input_ids"]) for row in done] == [3, 2, 1][: len(done)]
+
+
+def test_scores_of_two_completions_make_a_pair(tokenizer):
+    scored = {"prompt": PAIR["prompt"], "completions": [PAIR["rejected"], PAIR["chosen"]], "scores": [0.1, 0.7]}
+    assert prepared([scored], tokenizer)[0] == prepared([PAIR], tokenizer)[0]
+    assert prepared([{**PAIR, "rejected": [PAIR["rejected"]]}], tokenizer)[0] == prepared([PAIR], tokenizer)[0]
+
+
+def test_equal_scores_are_taken_where_ties_are_allowed_in_the_order_they_have(tokenizer):
+    row = {"prompt": "the", "completions": [" sky", " blue", " red"], "scores": [1, 2, 1]}
+    assert "equal ones are no ranking (loss_type exo takes them)" in refusal([row], tokenizer, ranked=True)
+    done = prepared([row], tokenizer, ranked=True, allow_ties=True)[0]
+    assert ranking_texts(tokenizer, done)[1:] == [f"{text}<|im_end|>" for text in (" blue", " sky", " red")]
+    assert done["scores"] == [2, 1, 1]
+
+
+@given(
+    rejected=st.lists(st.lists(st.integers(5, 90), min_size=1, max_size=8), min_size=1, max_size=4),
+    prompt=st.lists(st.integers(5, 90), min_size=1, max_size=8),
+    limits=st.fixed_dictionaries(
+        {
+            "max_prompt_length": st.none() | st.integers(1, 9),
+            "max_completion_length": st.none() | st.integers(1, 9),
+            "max_length": st.none() | st.integers(2, 12),
+            "truncation_mode": st.sampled_from(["keep_end", "keep_start"]),
+        }
+    ),
+)
+def test_a_ranking_is_cut_as_the_pair_with_its_longest_completion_is(rejected, prompt, limits):
+    row = {"prompt_input_ids": prompt, "chosen_input_ids": [1, 2, 3], "rejected_input_ids": rejected}
+    cut = truncate_row(row, **limits)
+    longest = max(range(len(rejected)), key=lambda i: len(rejected[i]))
+    pair = truncate_row({**row, "rejected_input_ids": rejected[longest]}, **limits)
+    assert cut["prompt_input_ids"] == pair["prompt_input_ids"] and cut["chosen_input_ids"] == pair["chosen_input_ids"]
+    assert cut["rejected_input_ids"][longest] == pair["rejected_input_ids"]
+    limit = max(map(len, (pair["chosen_input_ids"], pair["rejected_input_ids"])))
+    for whole, part in zip(rejected, cut["rejected_input_ids"], strict=True):
+        assert part == whole[: len(part)] and len(part) <= limit
+        assert len(part) == len(whole) or len(part) == limit or limits["max_length"] is not None
+
+
+BAD_RANKINGS = {
+    "missing": ({**RANKING, "rejected": [" grey", None]}, "column 'rejected', number 2, is missing"),
+    "empty": ({**RANKING, "rejected": [" grey", " "]}, "column 'rejected', number 2, is empty"),
+    "equal": ({**RANKING, "rejected": [" grey", " blue"]}, "columns 'chosen' and 'rejected', number 2, are equal"),
+    "kinds": ({**RANKING, "rejected": [" grey", [BLUE]]}, "columns 'chosen' and 'rejected', number 2, differ in kind"),
+    "one": ({**SCORED, "completions": [" red"], "scores": [1]}, "column 'completions' must be a list of two or more"),
+    "text": ({**SCORED, "completions": " red"}, "column 'completions' must be a list of two or more texts or conver"),
+    "fewer": ({**SCORED, "scores": [1, 2, 3]}, "column 'scores' must be a list of 4 numbers, one for each of 'comple"),
+    "none": ({**SCORED, "scores": None}, "column 'scores' must be a list of 4 numbers"),
+    "words": ({**SCORED, "scores": [1, 2, 3, "4"]}, "column 'scores' is [1, 2, 3, '4']: each must be a number"),
+    "nan": ({**SCORED, "scores": [1, 2, 3, float("nan")]}, "column 'scores' is [1.0, 2.0, 3.0, nan]: each must be a n"),
+    "ties": ({**SCORED, "scores": [1, 2, 3, 3]}, "column 'scores' is [1.0, 2.0, 3.0, 3.0]: equal ones are no"),
+    "empty one": ({**SCORED, "completions": [" a", "", " b", " c"]}, "column 'completions', number 2, is empty"),
+    "equal ones": ({**SCORED, "completions": [" a", " b", " c", " b"]}, "columns 'completions', number 2, and 'comple"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_RANKINGS)
+def test_a_bad_ranking_is_named_by_row_and_column_or_left_out(name, tokenizer):
+    bad, expected = BAD_RANKINGS[name]
+    rows = [SCORED if "scores" in bad else RANKING] * 2 + [bad]
+    assert refusal(rows, tokenizer, ranked=True).startswith(f"dataset, row 3: {expected}")
+    assert len(prepared(rows, tokenizer, ranked=True, skip_bad_rows=True)) == 2
+
+
+def test_rankings_are_refused_where_pairs_are_wanted(tokenizer):
+    for row in (RANKING, SCORED):
+        message = refusal([row], tokenizer)
+        assert message.startswith("dataset, row 1: it ranks 4 completions, the loss is one of pairs")
+    message = refusal([{"prompt": "a", "completions": ["b", "c"]}], tokenizer, ranked=True)
+    assert message.startswith("dataset: column 'scores' is missing; it has 'prompt', 'completions'")
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 
@@ -517,7 +646,7 @@ BAD = {
     "no-role": ({**CHAT, "chosen": [without(BLUE, "role")]}, "column 'chosen', message 1 has no 'role'"),
     "no-content": ({**CHAT, "prompt": [SYSTEM, without(USER, "content")]}, "column 'prompt', message 2 has no 'con"),
     "content-number": ({**CHAT, "rejected": [{**GREEN, "content": 3}]}, "column 'rejected', message 1 has a 'content'"),
-    "not-a-message": ({**CHAT, "rejected": ["green"]}, "column 'rejected', message 1 is str: it must be an object"),
+    "not-a-message": ({**CHAT, "rejected": [3]}, "column 'rejected', message 1 is int: it must be an object"),
     "no-messages": ({**CHAT, "rejected": []}, "column 'rejected' is an empty list of messages"),
     "empty-message": ({**CHAT, "chosen": [{**BLUE, "content": " "}]}, "column 'chosen', message 1 is empty"),
     "equal-messages": ({**CHAT, "chosen": [GREEN]}, "columns 'chosen' and 'rejected' are equal"),
@@ -651,7 +780,7 @@ def test_worker_processes_give_the_same_rows(tokenizer):
     alone, shared = (prepared(rows, tokenizer, max_length=24, num_proc=number) for number in (None, 2))
     assert alone.to_list() == shared.to_list()
     assert [texts(tokenizer, row)[1] for row in alone.select(range(3))] == [
-        render_row(row, tokenizer)["chosen"].rstrip("\n") for row in rows[:3]
+        render_row(row, tokenizer)["completions"][0].rstrip("\n") for row in rows[:3]
     ]
 
 
@@ -667,7 +796,7 @@ def test_parts_become_one_dataset_in_order(tmp_path, tokenizer):
 def test_cached_rows_are_not_taken_after_a_change_of_template_or_code(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "pairs.jsonl", [CHAT])
     tokenizer = make_tokenizer()
-    before = prepared(path, tokenizer)[0]
+    assert texts(tokenizer, prepared(path, tokenizer)[0])[0].startswith("<|im_start|>user")
     tokenizer.chat_template = "Hello. " + CHATML
     assert texts(tokenizer, prepared(path, tokenizer)[0])[0].startswith("Hello. <|im_start|>user")
 
@@ -675,7 +804,8 @@ def test_cached_rows_are_not_taken_after_a_change_of_template_or_code(tmp_path, 
     edited.write_text(Path(data.__file__).read_text() + "# edited\n")
     tokenizer.chat_template = CHATML
     monkeypatch.setattr(data, "__file__", str(edited))
-    monkeypatch.setattr(data, "tokenize_row", lambda *_, **__: {**without(before, "length"), "prompt_input_ids": [7]})
+    ids = {"prompt_input_ids": [7], "chosen_input_ids": [8], "rejected_input_ids": [[9]]}
+    monkeypatch.setattr(data, "tokenize_row", lambda *_, **__: ids)
     assert prepared(path, tokenizer)[0]["prompt_input_ids"] == [7]
 
 

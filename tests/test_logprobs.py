@@ -86,6 +86,32 @@ def test_other_families_score_the_same_in_company_as_alone(family):
         assert scores["rejected_logps"][i].item() == pytest.approx(alone, abs=1e-4)
 
 
+def test_each_completion_of_a_ranking_scores_as_it_does_in_a_pair():
+    model, rejected = make_model(), [[[11, 12], [13], [14, 15, 16]], [[20]]]
+    rows = [{**row, "rejected_input_ids": lists} for row, lists in zip(ROWS, rejected, strict=True)]
+    collator = DataCollatorForPreference(pad_token_id=0)
+    scores = concatenated_forward(model, collator(rows))
+    assert scores["rejected_logps"].shape == scores["rejected_lengths"].shape == (2, 3)
+    assert scores["rejected_lengths"].tolist() == [[2, 1, 3], [1, 0, 0]]
+    assert scores["rejected_logps"][1, 1:].tolist() == [0, 0]
+    for i, (row, lists) in enumerate(zip(ROWS, rejected, strict=True)):
+        for rank, completion in enumerate(lists):
+            pair = concatenated_forward(model, collator([{**row, "rejected_input_ids": completion}]))
+            assert scores["rejected_logps"][i, rank].item() == pytest.approx(pair["rejected_logps"].item(), abs=1e-4)
+            assert scores["chosen_logps"][i].item() == pytest.approx(pair["chosen_logps"].item(), abs=1e-4)
+    for options in ({"ld_alpha": 0.5}, {"use_weighting": True}):
+        with pytest.raises(ValueError, match="ld_alpha and use_weighting are for pairs"):
+            concatenated_forward(model, collator(rows), **options)
+
+
+def test_rankings_of_two_are_pairs():
+    model, collator = make_model(), DataCollatorForPreference(pad_token_id=0)
+    ranked = collator([{**row, "rejected_input_ids": [row["rejected_input_ids"]]} for row in ROWS])
+    scores = concatenated_forward(model, ranked, ld_alpha=0.5)
+    pairs = concatenated_forward(model, collator(ROWS), ld_alpha=0.5)
+    assert all(torch.equal(scores[key], pairs[key]) for key in pairs)
+
+
 def test_only_completion_positions_reach_the_head():
     model, seen = make_model(), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))

@@ -7,39 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import make_model, make_rows, make_tokenizer, run
+from conftest import make_model, make_rankings, make_rows, make_tokenizer, run, start
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.config import DPOConfig
-from dpo.loop import evaluate, get_batch_loss_metrics, train
+from dpo.logprobs import concatenated_forward
+from dpo.loop import evaluate, get_batch_loss_metrics
 from dpo.models import load_model, load_tokenizer
 
 ROWS, EVAL_ROWS = make_rows(24), make_rows(7, seed=1)
-
-
-def start(output_dir: Path, model=None, rows=ROWS, eval_rows=None, peft_config=None, **options):
-    """A short run on the tiny model, every step logged."""
-    arguments = {
-        key: options.pop(key) for key in ("callbacks", "compute_metrics", "optimizers", "ref_model") if key in options
-    }
-    defaults = {
-        "learning_rate": 1e-3,
-        "num_train_epochs": 1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    return train(
-        make_model() if model is None else model,
-        args=DPOConfig(output_dir=str(output_dir), **{**defaults, **options}),
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        processing_class=make_tokenizer(),
-        peft_config=peft_config,
-        **arguments,
-    )
 
 
 def curve(run_or_rows, key: str = "loss") -> list[float]:
@@ -102,12 +80,12 @@ def test_a_last_smaller_window_counts_each_of_its_pairs_once(tmp_path):
     assert curve(in_turn, "grad_norm") == pytest.approx(curve(at_once, "grad_norm"), rel=1e-5)
 
 
-def save_inputs(folder: Path) -> list[str]:
+def save_inputs(folder: Path, rows=ROWS[:19], eval_rows=EVAL_ROWS) -> list[str]:
     """The tiny model and the rows as files, and the options that train on them."""
     make_model().save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
-    for name, rows in (("train", ROWS[:19]), ("test", EVAL_ROWS)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, some in (("train", rows), ("test", eval_rows)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     options = ["--model_name_or_path", "model", "--dataset_name", "train.jsonl", "--eval_dataset_name", "test.jsonl"]
     options += [
         "--eval_strategy",
@@ -138,10 +116,13 @@ def test_a_process_without_any_row_runs_along_and_all_agree_on_the_best(tmp_path
     assert len(read(tmp_path / "two")) == 2 + 2 and (tmp_path / "two" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("more", ["", "--use_peft", "--loss_type aot", "--loss_type bco_pair sft"], ids=str.strip)
+@pytest.mark.parametrize(
+    "more", ["", "--use_peft", "--loss_type aot", "--loss_type bco_pair sft", "--loss_type plackett_luce"]
+)
 @pytest.mark.slow
 def test_two_processes_equal_one_in_training_and_evaluation(tmp_path, more):
-    options = [*save_inputs(tmp_path), *more.split()]  # 19 pairs: the last window has 3, one process gets 1 of them
+    rows = (make_rankings(19), make_rankings(7, seed=1)) if "plackett" in more else ()
+    options = [*save_inputs(tmp_path, *rows), *more.split()]  # the last window has 3 rows, one process gets 1 of them
     run("dpo.loop", *options, "--output_dir", "one", cwd=tmp_path)
     run("dpo.loop", *options, "--output_dir", "two", "--per_device_train_batch_size", "4", processes=2, cwd=tmp_path)
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
@@ -584,3 +565,91 @@ def test_router_loss_of_a_mixture_of_experts_is_added(tmp_path):
     assert row["aux_loss"] > 0.5
     assert row["loss"] == pytest.approx(math.log(2) + 0.3 * row["aux_loss"], rel=1e-5)
     assert "aux_loss" not in first()
+
+
+# ---------------------------------------------------------------------------------------------------------- rankings
+
+
+@pytest.mark.parametrize(("ranking", "pair"), [("plackett_luce", "sigmoid"), ("exo", "exo_pair")])
+def test_a_loss_of_rankings_trains_on_pairs_as_its_pair_loss_does(tmp_path, ranking, pair):
+    a, b = (
+        start(tmp_path / name, loss_type=name, eval_rows=EVAL_ROWS, eval_strategy="epoch") for name in (ranking, pair)
+    )
+    for key in (*a.rows[0], *a.rows[-1]):
+        if "tokens_per" not in key:
+            assert curve(a, key) == pytest.approx(curve(b, key), abs=1e-6, rel=1e-5), key
+
+
+def test_a_rankings_loss_and_metrics_equal_those_added_up_by_hand():
+    """Each completion scored as one of a pair, alone; Plackett and Luce's choices multiplied out in float64."""
+    from dpo.collate import DataCollatorForPreference
+    from dpo.data import prepare_dataset
+
+    rows = prepare_dataset({"rows": Dataset.from_list(make_rankings(6))}, make_tokenizer(), ranked=True)
+    collator, args = DataCollatorForPreference(pad_token_id=0), DPOConfig(beta=0.3, loss_type="plackett_luce")
+    model, ref_model = make_model(), make_model(seed=3)
+    losses, metrics = get_batch_loss_metrics(model, collator(list(rows)), args=args, ref_model=ref_model)
+
+    def log_probability(scored, row, completion) -> float:
+        pair = {**row, "chosen_input_ids": completion, "rejected_input_ids": completion}
+        return concatenated_forward(scored, collator([pair]))["chosen_logps"].item()
+
+    for i, row in enumerate(rows):
+        completions = [row["chosen_input_ids"], *row["rejected_input_ids"]]
+        logps = [log_probability(model, row, completion) for completion in completions]
+        references = [log_probability(ref_model, row, completion) for completion in completions]
+        rewards = [0.3 * (p - q) for p, q in zip(logps, references, strict=True)]
+        chance = math.prod(math.exp(r) / sum(map(math.exp, rewards[k:])) for k, r in enumerate(rewards))
+        assert losses[i].item() == pytest.approx(-math.log(chance), abs=1e-4)
+        others = len(completions) - 1
+        assert metrics["rewards/chosen"][i].item() == pytest.approx(rewards[0], abs=1e-4)
+        assert metrics["rewards/rejected"][i].item() == pytest.approx(sum(rewards[1:]) / others, abs=1e-4)
+        assert metrics["rewards/margins"][i].item() == pytest.approx(rewards[0] - sum(rewards[1:]) / others, abs=1e-4)
+        assert metrics["rewards/accuracies"][i].item() == (rewards[0] > max(rewards[1:]))
+        assert metrics["logps/rejected"][i].item() == pytest.approx(sum(logps[1:]) / others, abs=1e-3)
+
+
+@pytest.mark.parametrize("loss_type", ["plackett_luce", "exo", ["plackett_luce", "exo", "sft"]], ids=str)
+@pytest.mark.parametrize("scores", [False, True], ids=["ranked", "scored"])
+def test_rankings_of_different_lengths_train_the_same_however_they_are_cut(tmp_path, loss_type, scores):
+    rows, options = make_rankings(11, scores=scores), {"loss_type": loss_type, "eval_strategy": "epoch"}
+    more = {"rows": rows, "eval_rows": make_rankings(5, seed=1, scores=scores)}
+    at_once = start(tmp_path / "a", **options, **more)
+    cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 1}
+    in_turn = start(tmp_path / "b", **options, **more, **cut)
+    for key in ("loss", "grad_norm", "rewards/margins", "eval_loss", "eval_rewards/rejected", "eval_logps/rejected"):
+        assert curve(in_turn, key) == pytest.approx(curve(at_once, key), abs=1e-5, rel=1e-4), key
+
+
+def test_training_on_rankings_puts_them_in_order(tmp_path):
+    rows, held_out = make_rankings(48), make_rankings(8, seed=5)
+    options = {"loss_type": "plackett_luce", "num_train_epochs": 8, "learning_rate": 5e-3, "eval_strategy": "epoch"}
+    run_ = start(tmp_path, rows=rows, eval_rows=held_out, **options)
+    first, last = run_.rows[0], run_.rows[-1]
+    expected = sum(math.log(math.factorial(2 + i % 3)) for i in range(48)) / 48  # of rankings by chance
+    assert first["loss"] == pytest.approx(expected, rel=0.2) and last["eval_rewards/accuracies"] == 1
+    assert last["eval_loss"] < 0.8 * expected
+
+
+def test_scores_and_their_temperature_change_what_exo_trains(tmp_path):
+    scored = make_rankings(8, scores=True)
+    runs = [
+        start(tmp_path / "a", loss_type="exo", rows=make_rankings(8)),
+        start(tmp_path / "b", loss_type="exo", rows=make_rankings(8), label_smoothing=0.2),
+        start(tmp_path / "c", loss_type="exo", rows=scored),
+        start(tmp_path / "d", loss_type="exo", rows=scored, exo_beta_r=0.5),
+        start(tmp_path / "e", loss_type="exo", rows=[{**row, "weight": 2.0} for row in scored]),
+    ]
+    losses = [run_.rows[0]["loss"] for run_ in runs]
+    assert len(set(losses)) == 5 and losses[4] == pytest.approx(2 * losses[2], rel=1e-5)
+
+
+def test_what_rankings_cannot_do_is_refused_before_training(tmp_path):
+    ranked, scored = make_rankings(8), make_rankings(8, scores=True)
+    for rows, options, words in (
+        (ranked, {}, "row 2: it ranks 3 completions, the loss is one of pairs: choose loss_type plackett_luce or exo"),
+        (ranked, {"loss_type": "exo", "exo_beta_r": 2.0}, "exo_beta_r does nothing without scores"),
+        (scored, {"loss_type": "exo", "label_smoothing": 0.1}, "label_smoothing does nothing for loss_type exo where"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            start(tmp_path, rows=rows, **options)

@@ -236,7 +236,7 @@ def test_every_function_and_every_loss_type_has_a_closed_form_here():
     assert public == {*PAIRWISE, *elsewhere}
     assert {loss.__name__ for loss in LOSSES.values()} == {
         name for name in public if name.endswith("_loss") and name not in ("check_loss", "dpo_loss")
-    } - {"plackett_luce_loss", "exo_loss"}
+    }
     for name, loss in LOSSES.items():
         assert loss.__name__ == ("aot_pair_loss" if name == "aot_unpaired" else f"{name}_loss")
 
@@ -283,26 +283,112 @@ def test_losses_over_the_batch_equal_the_closed_form_by_quantile(name, columns, 
     assert [tensor.grad.tolist() for tensor in tensors] == [near(slope) for slope in slopes]
 
 
-@given(data=st.data(), beta=BETA["beta"], completions=st.integers(2, 5), batch=st.integers(1, 3))
-def test_plackett_luce_equals_the_closed_form(data, beta, completions, batch):
-    rows = data.draw(st.lists(st.tuples(*[ratios] * completions), min_size=batch, max_size=batch))
-    tensor = torch.tensor(rows, dtype=torch.float64, requires_grad=True)
-    result = dpo.losses.plackett_luce_loss(tensor, beta=beta)
+RANKED = st.lists(st.lists(ratios, min_size=2, max_size=5), min_size=1, max_size=3)  # rows of 2 to 5 completions
+
+
+def ragged(rows: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of numbers as a float64 leaf (B, K), with 77 for what is missing, and the mask of what is there."""
+    most = max(map(len, rows))
+    values = torch.tensor([row + [77.0] * (most - len(row)) for row in rows], dtype=torch.float64, requires_grad=True)
+    return values, torch.tensor([[i < len(row) for i in range(most)] for row in rows])
+
+
+def assert_rows_equal(result, tensors, expected):
+    """Values and slopes of rows of different lengths; what is missing gets no gradient."""
+    assert result.tolist() == [near(value) for value, _ in expected]
+    grads = torch.autograd.grad(result.sum(), tensors)
+    for i, (_, slopes) in enumerate(expected):
+        own = len(slopes) // len(tensors)
+        for j, grad in enumerate(grads):
+            assert grad[i].tolist() == near(slopes[j * own : (j + 1) * own] + [0.0] * (grad.shape[1] - own))
+
+
+@given(rows=RANKED, beta=BETA["beta"])
+def test_plackett_luce_equals_the_closed_form(rows, beta):
+    values, mask = ragged(rows)
     expected = [plackett_luce(*row, beta=beta) for row in rows]
-    assert result.tolist() == near([value for value, _ in expected])
-    result.sum().backward()
-    assert tensor.grad.tolist() == [near(slopes) for _, slopes in expected]
+    assert_rows_equal(dpo.losses.plackett_luce_loss(values, beta=beta, mask=mask), [values], expected)
+    if mask.all():
+        assert_rows_equal(dpo.losses.plackett_luce_loss(values, beta=beta), [values], expected)
 
 
-@given(data=st.data(), beta=BETA["beta"], beta_r=st.floats(0.1, 3), completions=st.integers(2, 5))
-def test_exo_over_many_completions_equals_the_closed_form(data, beta, beta_r, completions):
-    rows = data.draw(st.lists(st.tuples(*[ratios] * completions, *[small] * completions), min_size=1, max_size=3))
-    tensor = torch.tensor(rows, dtype=torch.float64, requires_grad=True)
-    result = dpo.losses.exo_loss(tensor[:, :completions], tensor[:, completions:], beta=beta, exo_beta_r=beta_r)
-    expected = [exo(*row, beta=beta, exo_beta_r=beta_r) for row in rows]
-    assert result.tolist() == near([value for value, _ in expected])
-    result.sum().backward()
-    assert tensor.grad.tolist() == [near(slopes) for _, slopes in expected]
+@given(data=st.data(), rows=RANKED, beta=BETA["beta"], exo_beta_r=st.floats(0.1, 3))
+def test_exo_over_many_completions_equals_the_closed_form(data, rows, beta, exo_beta_r):
+    values, mask = ragged(rows)
+    points = [data.draw(st.lists(small, min_size=len(row), max_size=len(row))) for row in rows]
+    scores, _ = ragged(points)
+    options = {"beta": beta, "exo_beta_r": exo_beta_r}
+    expected = [exo(*row, *own, **options) for row, own in zip(rows, points, strict=True)]
+    assert_rows_equal(dpo.losses.exo_loss(values, scores, **options, mask=mask), [values, scores], expected)
+    if mask.all():
+        assert_rows_equal(dpo.losses.exo_loss(values, scores, **options), [values, scores], expected)
+
+
+@given(rows=RANKED, beta=BETA["beta"], epsilon=st.just(0.0) | st.floats(1e-6, 0.49))
+def test_exo_without_scores_has_the_best_completion_for_a_label(rows, beta, epsilon):
+    values, mask = ragged(rows)
+    share = epsilon or 1e-3
+    labels = [[math.log(1 - share)] + [math.log(share / (len(row) - 1))] * (len(row) - 1) for row in rows]
+    expected = [exo(*row, *label, beta=beta) for row, label in zip(rows, labels, strict=True)]
+    expected = [(value, slopes[: len(slopes) // 2]) for value, slopes in expected]
+    result = dpo.losses.exo_loss(values, beta=beta, label_smoothing=epsilon, mask=mask)
+    assert_rows_equal(result, [values], expected)
+
+
+@given(data=st.data(), rows=RANKED, beta=BETA["beta"], rpo_alpha=st.none() | st.floats(0, 3))
+def test_dpo_loss_of_rankings_equals_the_closed_form(data, rows, beta, rpo_alpha):
+    """Policy and reference as (B,) and (B, K−1), rows of different lengths, every option that a ranking has."""
+    loss_type = data.draw(st.sampled_from(["plackett_luce", "exo", ["plackett_luce", "exo", "sft"]]))
+    names = [loss_type] if isinstance(loss_type, str) else loss_type
+    divergence = {key: data.draw(values, label=key) for key, values in DIVERGENCE.items()}
+    scores, exo_beta_r = None, data.draw(st.floats(0.1, 3))
+    if data.draw(st.booleans()):
+        scores = [data.draw(st.lists(small, min_size=len(row), max_size=len(row))) for row in rows]
+    rows = [[ratio / 4 for ratio in row] for row in rows]  # else e^15 here and there
+    lengths = [[3 + i for i in range(len(row))] for row in rows]
+
+    values, mask = ragged(rows)
+    reference = torch.where(mask, -20.0 - torch.arange(values.shape[1]), 0.0).double()
+    policy = torch.where(mask, values + reference, 0.0)
+    counts = torch.where(mask, 3 + torch.arange(values.shape[1]), 0)
+    arguments = [policy[:, 0], policy[:, 1:], reference[:, 0], reference[:, 1:]]
+    options = {"scores": None if scores is None else ragged(scores)[0].detach(), "exo_beta_r": exo_beta_r}
+    options |= {"chosen_lengths": counts[:, 0], "rejected_lengths": counts[:, 1:], "rpo_alpha": rpo_alpha}
+    losses, chosen, rejected = dpo_loss(*arguments, loss_type=loss_type, beta=beta, **divergence, **options)
+    assert torch.equal(chosen, (beta * (policy - reference))[:, 0].detach())
+    assert torch.equal(rejected, (beta * (policy - reference))[:, 1:].detach())
+
+    expected = []
+    for i, row in enumerate(rows):
+        moved = [f_divergence(ratio, **divergence) for ratio in row]
+        points, temperature = ([math.log(0.999)] + [math.log(1e-3 / (len(row) - 1))] * (len(row) - 1)), 1.0
+        if scores is not None:
+            points, temperature = scores[i], exo_beta_r
+        value, slopes = 0.0, [0.0] * len(row)
+        for name in names:
+            if name == "sft":
+                part, by_score = 0.0, [0.0] * len(row)
+            elif name == "exo":
+                part, by_score = exo(*(z for z, _ in moved), *points, beta=beta, exo_beta_r=temperature)
+            else:
+                part, by_score = plackett_luce(*(z for z, _ in moved), beta=beta)
+            value += part
+            slopes = [s + b * dz for s, b, (_, (dz,)) in zip(slopes, by_score, moved, strict=False)]
+        likelihood = ("sft" in names) + (rpo_alpha or 0.0)
+        value -= likelihood * (row[0] - 20.0) / lengths[i][0]
+        expected.append((value, [slopes[0] - likelihood / lengths[i][0], *slopes[1:]]))
+    scale = max(abs(slope) for _, slopes in expected for slope in slopes)
+    assert losses.tolist() == near([value for value, _ in expected], scale)
+    (grad,) = torch.autograd.grad(losses.sum(), values)
+    for i, (_, slopes) in enumerate(expected):
+        assert grad[i].tolist() == near(slopes + [0.0] * (grad.shape[1] - len(slopes)), scale)
+
+
+@pytest.mark.parametrize("loss_type", [name for name in LOSSES if name not in ("plackett_luce", "exo", "sft")])
+def test_losses_of_pairs_refuse_rankings(loss_type):
+    chosen, rejected = torch.zeros(2), torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=f"loss_type {loss_type} is for pairs .* choose plackett_luce or exo"):
+        dpo_loss(chosen, rejected, chosen, rejected, loss_type=loss_type, margins=chosen, chosen_lengths=chosen + 1)
 
 
 GRADCHECK = {  # options away from the defaults; the defaults are checked, too
@@ -350,7 +436,8 @@ def test_gradcheck(name):
 # ------------------------------------------------------------------------------ dpo_loss: each loss_type × its options
 
 OF_H = {"sigmoid": sigmoid, "robust": robust, "hinge": hinge, "ipo": ipo, "exo_pair": exo_pair, "discopop": discopop}
-OF_H |= {"odpo": odpo, "r_dpo": r_dpo}
+OF_H |= {"odpo": odpo, "r_dpo": r_dpo, "plackett_luce": sigmoid, "exo": exo_pair}  # of two completions
+RANKINGS = ("plackett_luce", "exo")
 OF_W_AND_L = {"nca_pair": nca_pair, "bco_pair": bco_pair, "sppo_hard": sppo_hard, "apo_zero": apo_zero}
 OF_W_AND_L |= {"apo_down": apo_down, "dpop": dpop, "chipo": chipo, "sigmoid_norm": sigmoid_norm}
 NO_REFERENCE = {"simpo": simpo, "orpo": orpo, "cpo": cpo, "sft": sft}
@@ -364,7 +451,7 @@ OWN = {  # loss_type: {option of dpo_loss: the closed form's name for it}
     "orpo": {"orpo_lambda": "orpo_lambda"},
     "cpo": {"cpo_alpha": "cpo_alpha"},
     "r_dpo": {"r_dpo_alpha": "alpha"},
-} | {name: {"label_smoothing": "label_smoothing"} for name in ("sigmoid", "robust", "exo_pair", *BATCH)}
+} | {name: {"label_smoothing": "label_smoothing"} for name in ("sigmoid", "robust", "exo_pair", "exo", *BATCH)}
 RANGES = {
     "label_smoothing": SMOOTH["label_smoothing"],
     "discopop_tau": st.floats(0.02, 1),
@@ -490,7 +577,7 @@ def test_dpo_loss_equals_the_closed_form_with_every_option(loss_type, data, pair
     ranges = {key: RANGES[key] for key in OWN.get(loss_type, {})}
     ranges |= DIVERGENCE if loss_type in OF_H else {}
     ranges |= {"reference_free": st.booleans()} if loss_type not in NO_REFERENCE else {}
-    ranges |= {"wpo": st.booleans()} if loss_type not in BATCH else {}
+    ranges |= {"wpo": st.booleans()} if loss_type not in (*BATCH, *RANKINGS) else {}
     ranges |= {"rpo_alpha": st.none() | st.floats(0, 3)}
     options = {key: data.draw(values, label=key) for key, values in ranges.items()}
     if loss_type in BATCH and options["reference_free"]:  # zeros are ties: any order of them is right
@@ -500,12 +587,13 @@ def test_dpo_loss_equals_the_closed_form_with_every_option(loss_type, data, pair
 
 @given(data=st.data(), pairs=PAIRS, beta=st.floats(0.02, 2))
 def test_a_mixture_is_the_weighted_sum_of_its_losses(data, pairs, beta):
-    names = data.draw(st.lists(st.sampled_from(list(LOSSES)), min_size=1, max_size=4, unique=True))
+    mixable = data.draw(st.sampled_from([[name for name in LOSSES if name not in RANKINGS], [*RANKINGS, "sft"]]))
+    names = data.draw(st.lists(st.sampled_from(mixable), min_size=1, max_size=4, unique=True))
     weights = data.draw(st.none() | st.lists(st.floats(0, 3), min_size=len(names), max_size=len(names)))
     options = {"beta": beta, "rpo_alpha": data.draw(st.none() | st.floats(0, 3))}
     for name in names:
         options |= {key: data.draw(RANGES[key], label=key) for key in OWN.get(name, {}) if key not in options}
-    options["wpo"] = not set(names) & set(BATCH) and data.draw(st.booleans())
+    options["wpo"] = not set(names) & {*BATCH, *RANKINGS} and data.draw(st.booleans())
     if not set(names) - {*OF_H, "sft"} and set(names) != {"sft"}:
         options |= {key: data.draw(values, label=key) for key, values in DIVERGENCE.items()}
     assert_equal_to_the_closed_form(names, weights, pairs, options)
@@ -520,6 +608,7 @@ DEFAULTS = {
     "orpo": {"orpo_lambda": 0.1},
     "cpo": {"cpo_alpha": 1.0},
     "r_dpo": {"alpha": 0.01},
+    "exo": {"exo_beta_r": 1.0},
 }
 
 
@@ -529,10 +618,12 @@ DEFAULTS = {
 def test_the_defaults_are_those_of_the_papers(loss_type, pair):
     _, (losses, _, _) = call(loss_type, [pair], {})
     theirs = {ours: theirs for theirs, ours in OWN.get(loss_type, {}).items()}
-    options = {theirs[key]: value for key, value in DEFAULTS.get(loss_type, {}).items()}
+    options = {theirs[key]: value for key, value in DEFAULTS.get(loss_type, {}).items() if key in theirs}
     assert losses.item() == near(closed_form(loss_type, pair, {"beta": 0.1, **options})[0])
     defaults = {
-        p.name: p.default for p in inspect.signature(LOSSES[loss_type]).parameters.values() if p.default is not p.empty
+        p.name: p.default
+        for p in inspect.signature(LOSSES[loss_type]).parameters.values()
+        if p.default not in (p.empty, None)  # None where a tensor may be left out
     }
     beta = {} if loss_type in ("orpo", "sft") else {"beta": 2.0 if loss_type in ("simpo", "sigmoid_norm") else 0.1}
     smoothing = {"label_smoothing": 0.0} if "label_smoothing" in OWN.get(loss_type, {}) else {}
@@ -588,6 +679,8 @@ KNOWN = {  # with w = l = 0 and β = 0.1; log 2 = 0.693...
     "odpo": math.log1p(math.exp(1.5)),
     "r_dpo": math.log1p(math.exp(-0.02)),
     "chipo": math.log(2),
+    "plackett_luce": math.log(2),
+    "exo": -math.log(2) - 0.5 * (math.log(0.999) + math.log(0.001)),
     # These four see the policy alone: log π = −6 and −4 over 3 and 1 tokens.
     "sft": 2.0,
     "simpo": math.log1p(math.exp(-0.1 * (-2 + 4) + 0.5)),
@@ -613,7 +706,7 @@ EXTREME = {  # options that make it worse
     "discopop": [{}, {"discopop_tau": 1.0}, {"discopop_tau": 2.0}],
     "chipo": [{}, {"chipo_clip": 1e4}],
     "bco_pair": [{"bco_delta": -30.0}],
-} | {name: [{}, {"label_smoothing": 0.4}] for name in ("sigmoid", "robust", "exo_pair", *BATCH)}
+} | {name: [{}, {"label_smoothing": 0.4}] for name in ("sigmoid", "robust", "exo_pair", "exo", *BATCH)}
 DIVERGENCES = [{"f_divergence_type": name} for name in ("js_divergence", "forward_kl")]
 DIVERGENCES += [{"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": a} for a in (-1.0, 0.3, 1.0, 2.0)]
 
@@ -881,6 +974,8 @@ for _name in LOSSES:
         REFUSED[f"sigmoid + {_name}, js_divergence"] = (options, "f_divergence_type js_divergence")
     if _name in NO_REFERENCE:
         REFUSED[f"{_name}, reference_free"] = ({"loss_type": _name, "reference_free": True}, "reference_free")
+    if _name not in (*RANKINGS, "sft"):
+        REFUSED[f"plackett_luce + {_name}"] = ({"loss_type": ["plackett_luce", _name]}, "mixes losses of rankings")
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -898,7 +993,11 @@ def test_options_without_meaning_are_refused(case):
         ({"loss_type": "odpo"}, "odpo needs a margin"),
         ({"loss_type": "r_dpo"}, "r_dpo need chosen_lengths"),
         ({"rpo_alpha": 1.0}, "rpo_alpha .* chosen_lengths"),
-        *(({"loss_type": name, "wpo_weights": torch.ones(2)}, f"wpo_weights .* {name}") for name in BATCH),
+        *(
+            ({"loss_type": name, "wpo_weights": torch.ones(2)}, f"wpo_weights .* {name}")
+            for name in (*BATCH, *RANKINGS)
+        ),
+        ({"loss_type": "exo", "scores": torch.ones(2, 2), "label_smoothing": 0.1}, "label_smoothing .* exo"),
         *(({"loss_type": name, "reference": None}, f"{name} needs ref_chosen_logps") for name in (*OF_W_AND_L, *BATCH)),
         ({"loss_type": ["sft", "sigmoid"], "reference": None}, "needs ref_chosen_logps"),
     ],
@@ -919,7 +1018,7 @@ def test_combinations_with_a_meaning_are_taken():
     assert check_loss(["sft", "ipo"], f_divergence_type="forward_kl", reference_free=True) == ["sft", "ipo"]
     for name in OF_H:
         assert check_loss(name, f_divergence_type="js_divergence") == [name]
-    for name in ("sigmoid", "robust", "exo_pair", *BATCH):
+    for name in ("sigmoid", "robust", "exo_pair", "exo", *BATCH):
         assert check_loss(name, label_smoothing=0.49) == [name]
 
 
