@@ -7,9 +7,12 @@ ranking) is in the batch, weighted by its probability under the rewards. Nothing
 import itertools
 import math
 
+import conftest
 import numpy as np
 import pytest
 import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from dpo.losses import dpo_loss, exo_loss, f_divergence_score, plackett_luce_loss
 
@@ -221,3 +224,49 @@ def test_plackett_luce_of_three_completions_ends_at_the_tilted_reference(beta):
 def test_exo_over_all_completions_ends_at_the_tilted_reference(beta):
     policy = train(lambda p: exo_loss(p - LOG_REFERENCE, torch.tensor(REWARDS), beta=beta, exo_beta_r=1.0).mean())
     assert kl_to(policy, tilted(beta)) < 1e-8
+
+
+class Table(PreTrainedModel):
+    """A language model that is a table: log π(next | token) = log softmax(row of the token)."""
+
+    config_class = PretrainedConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.rows = torch.nn.Embedding(config.vocab_size, config.vocab_size)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        return CausalLMOutput(logits=self.rows(input_ids))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("loss_type", ["sigmoid", "plackett_luce"])
+def test_the_whole_loop_ends_at_the_tilted_reference(tmp_path, beta, loss_type):
+    """The same from text to trained model: rows weighted by their probability go through `dpo.loop.train`."""
+    prompts, completions = ("the sky", "the sea", "now"), (" blue", " red", " grey", " green")
+    tokenizer, rows = conftest.make_tokenizer(), []
+    for x, *ranking in itertools.product(range(PROMPTS), *[range(COMPLETIONS)] * (2 if loss_type == "sigmoid" else 3)):
+        if len(set(ranking)) == len(ranking):
+            worth = np.exp(REWARDS[x, ranking])
+            weight = math.prod(worth[k] / worth[k:].sum() for k in range(len(ranking)))
+            best, *others = (completions[i] for i in ranking)
+            others = others[0] if loss_type == "sigmoid" else others
+            rows.append({"prompt": prompts[x], "chosen": best, "rejected": others, "weight": weight})
+    torch.manual_seed(0)
+    model = Table(PretrainedConfig(vocab_size=len(tokenizer)))
+
+    def distribution() -> np.ndarray:
+        """π over the four completions of each prompt, each of them one token and the end of the sequence."""
+        logps = model.rows.weight.detach().double().log_softmax(-1)
+        last, first = ([tokenizer(text)["input_ids"][-1] for text in texts] for texts in (prompts, completions))
+        table = logps[last][:, first] + logps[first, tokenizer.eos_token_id]
+        return table.softmax(-1).numpy()
+
+    reference = distribution()
+    optimum = reference * np.exp(REWARDS / beta)
+    optimum /= optimum.sum(1, keepdims=True)
+    assert kl_to(torch.tensor(reference).log(), optimum) > 1e-2  # it has a way to go
+    options = {"beta": beta, "loss_type": loss_type, "per_device_train_batch_size": len(rows), "logging_steps": 1000}
+    conftest.start(tmp_path, model, rows, **options, max_steps=200, learning_rate=0.3, lr_scheduler_type="cosine")
+    assert kl_to(torch.tensor(distribution()).log(), optimum) < 1e-4
