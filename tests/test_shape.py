@@ -89,3 +89,9 @@ def test_ruff_is_clean():
     for command in (["check", "."], ["format", "--check", "."]):
         done = subprocess.run([sys.executable, "-m", "ruff", *command], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout
+
+
+def test_the_readme_has_a_row_for_every_loss():
+    table = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `")]
+    for name in dpo.losses.LOSSES:
+        assert any(f"`{name}`" in line.split("|")[1] for line in table), name

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 4. What the losses look like
 #
-# All losses of `dpo/losses.py` look at the same four numbers: how likely the chosen and the rejected completion are
+# Nearly all losses of `dpo/losses.py` look at the same four numbers: how likely the chosen and the rejected completion are
 # under the policy, and how likely they were under the reference. Most of them look at one number alone that is made of
 # these, the *margin*
 #
@@ -26,7 +26,7 @@ matplotlib.use("Agg")  # draws into a file, needs no screen
 import matplotlib.pyplot as plt
 import torch
 
-from dpo.losses import OVER_THE_BATCH, dpo_loss
+from dpo.losses import OF_RANKINGS, OVER_THE_BATCH, dpo_loss
 
 parser = argparse.ArgumentParser(description="Draw each loss and its slope over the margin.")
 parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "losses.png")
@@ -65,14 +65,17 @@ PANELS = [
     ("CPO", "length 1, α = ½", {"loss_type": "cpo", "cpo_alpha": 0.5}),
     ("SFT", "length 1", {"loss_type": "sft"}),
     ("DPO + RPO term", "length 1, α = ½", {"loss_type": "sigmoid", "rpo_alpha": 0.5, "chosen_lengths": 1.0}),
+    ("Plackett–Luce", "three, h apart", {"loss_type": "plackett_luce"}),
+    ("EXO, rankings", "three, scores 3, 2, 1", {"loss_type": "exo", "scores": (3.0, 2.0, 1.0)}),
 ]
 
 # %% [markdown]
 # ## From a margin to a loss
 #
 # A margin can grow because the chosen completion gains or because the rejected one loses. Here both do half of it:
-# w = h/2 and l = −h/2. Both completions are a single token long, of which the reference thinks log π_ref = −4. The
-# slope comes from the very derivative that trains the model, automatic differentiation.
+# w = h/2 and l = −h/2. Both completions are a single token long, of which the reference thinks log π_ref = −4. A ranking
+# of three is drawn with the same margin h from each to the next. The slope comes from the very derivative that trains
+# the model, automatic differentiation.
 
 
 # %%
@@ -83,7 +86,12 @@ def curve(margins: torch.Tensor, options: dict) -> tuple[torch.Tensor, torch.Ten
     tensors = {k: torch.full_like(h, v) for k, v in options.items() if k in ("margins", "chosen_lengths")}
     if "chosen_lengths" in tensors:
         tensors["rejected_lengths"] = torch.ones_like(h)
-    losses, _, _ = dpo_loss(reference + h / 2, reference - h / 2, reference, reference, beta=1.0, **(options | tensors))
+    chosen, rejected, ref_rejected = reference + h / 2, reference - h / 2, reference
+    if options["loss_type"] in OF_RANKINGS:
+        chosen, rejected, ref_rejected = reference + h, torch.stack([reference, reference - h], 1), reference[:, None]
+    if "scores" in options:
+        tensors["scores"] = torch.tensor(options["scores"], dtype=h.dtype).expand(len(h), -1)
+    losses, _, _ = dpo_loss(chosen, rejected, reference, ref_rejected, beta=1.0, **(options | tensors))
     losses.sum().backward()
     return losses.detach(), h.grad
 
@@ -114,9 +122,9 @@ for title, setting, options in PANELS:
 # at the right end: DPO never quite stops, the hinge stops at once, and IPO and SPPO pull back.
 
 # %%
-rows, columns = 5, 5
-figure, axes = plt.subplots(rows, columns, figsize=(13, 13), sharex=True, sharey=True, layout="constrained")
-for axis, (title, setting, _), (losses, slopes) in zip(axes.flat, PANELS, curves, strict=True):
+rows, columns = 7, 4
+figure, axes = plt.subplots(rows, columns, figsize=(11, 17), sharex=True, sharey=True, layout="constrained")
+for axis, (title, setting, _), (losses, slopes) in zip(axes.flat, PANELS, curves, strict=False):
     axis.axhline(0, color="0.75", linewidth=0.8)
     axis.axvline(0, color="0.75", linewidth=0.8)
     axis.plot(margins, losses, color="tab:blue", linewidth=2)
@@ -127,8 +135,11 @@ for axis, (title, setting, _), (losses, slopes) in zip(axes.flat, PANELS, curves
         label.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1})
     axis.set(xlim=(-6, 6), ylim=(-3, 9), xticks=(-4, 0, 4), yticks=(-2, 0, 2, 4, 6, 8))
     axis.spines[["top", "right"]].set_visible(False)
-for axis in axes[-1]:
+for axis in axes.flat[len(PANELS) :]:
+    axis.set_axis_off()
+for axis in axes.flat[len(PANELS) - columns : len(PANELS)]:  # the lowest of each column
     axis.set_xlabel("margin h")
+    axis.tick_params(labelbottom=True)
 lines = axes[0, 0].get_lines()[-2:]
 figure.legend(lines, ["loss", "its slope"], loc="outside upper center", ncols=2, fontsize=12, frameon=False)
 figure.savefig(args.output, dpi=90)
