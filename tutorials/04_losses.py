@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 4. What the losses look like
 #
-# Nearly all losses of `dpo/losses.py` look at the same four numbers: how likely the chosen and the rejected completion are
-# under the policy, and how likely they were under the reference. Most of them look at one number alone that is made of
-# these, the *margin*
+# All losses of a pair in `dpo/losses.py` look at the same four numbers: how likely the chosen and the rejected
+# completion are under the policy, and how likely they were under the reference. Most of them look at one number alone
+# that is made of these, the *margin*
 #
 #     h = (log π(y_w|x) − log π_ref(y_w|x)) − (log π(y_l|x) − log π_ref(y_l|x)) = w − l
 #
@@ -73,9 +73,9 @@ PANELS = [
 # ## From a margin to a loss
 #
 # A margin can grow because the chosen completion gains or because the rejected one loses. Here both do half of it:
-# w = h/2 and l = −h/2. Both completions are a single token long, of which the reference thinks log π_ref = −4. A ranking
-# of three is drawn with the same margin h from each to the next. The slope comes from the very derivative that trains
-# the model, automatic differentiation.
+# w = h/2 and l = −h/2. Both completions are a single token long, of which the reference thinks log π_ref = −4. A
+# ranking of three is drawn with the same margin h from each to the next. The slope comes from the very derivative that
+# trains the model, automatic differentiation.
 
 
 # %%
