@@ -18,22 +18,30 @@ def save_model(directory: Path, model: torch.nn.Module, processing_class) -> Non
 
 
 def save_checkpoint(
-    directory: Path, world: World, *, model: torch.nn.Module, processing_class, state: dict | None, rank_state: dict
+    directory: Path,
+    world: World,
+    *,
+    model: torch.nn.Module,
+    processing_class,
+    stateful: dict | None,
+    state: dict,
+    rank_state: dict,
 ) -> None:
     """Writes checkpoint-N under another name and renames it when all of it is there: what has this name is whole.
 
-    Args: state, what all processes share (its objects' state_dicts and numbers), None to save the model alone;
-    rank_state, what is this process's own, besides its random numbers.
+    Args: stateful, the optimizer and whatever else has a state_dict, by name, None to save the model alone; state, what
+    all processes share besides; rank_state, what is this process's own, besides its random numbers.
     """
     unfinished = directory.with_name(directory.name + ".unfinished")
     if world.rank == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         save_model(unfinished, model, processing_class)
-        if state is not None:
+        if stateful is not None:
+            state = state | {key: thing.state_dict() for key, thing in stateful.items()}
             torch.save(state, unfinished / "state.pt")
     barrier(world)
-    if state is not None:
+    if stateful is not None:
         torch.save({**rank_state, "random": _random_states()}, unfinished / f"rank-{world.rank}.pt")
     barrier(world)
     if world.rank == 0:
@@ -42,8 +50,11 @@ def save_checkpoint(
     barrier(world)
 
 
-def load_checkpoint(directory: Path, world: World, model: torch.nn.Module, *, same_run: dict) -> tuple[dict, dict]:
-    """Puts the checkpoint's weights into model and its random states in force; returns (state, rank_state).
+def load_checkpoint(
+    directory: Path, world: World, model: torch.nn.Module, *, stateful: dict, same_run: dict
+) -> tuple[dict, dict]:
+    """Puts the checkpoint's weights into model, the states of stateful into its objects and its random states in force;
+    returns (state, rank_state).
 
     Raises: ValueError if its run differs from this one in what same_run says: it could not go on exactly.
     """
@@ -55,6 +66,8 @@ def load_checkpoint(directory: Path, world: World, model: torch.nn.Module, *, sa
         told = ", ".join(f"{key} {state['same_run'].get(key)} (now {same_run[key]})" for key in differing)
         raise ValueError(f"resume_from_checkpoint {directory}: it is of another run, with {told}")
     load_weights(directory, model)
+    for key, thing in stateful.items():
+        thing.load_state_dict(state[key])
     rank_state = torch.load(directory / f"rank-{world.rank}.pt", map_location="cpu", weights_only=True)
     _set_random_states(rank_state.pop("random"))
     return state, rank_state

@@ -39,6 +39,10 @@ LOSS_OPTIONS = (
     "loss_type loss_weights beta label_smoothing f_divergence_type f_alpha_divergence_coef reference_free discopop_tau "
     "rpo_alpha simpo_gamma orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha chipo_clip exo_beta_r"
 ).split()
+# Another value of these would be another run: it cannot go on from a checkpoint.
+EXACT_OPTIONS = (
+    "per_device_train_batch_size gradient_accumulation_steps learning_rate beta loss_type seed data_seed".split()
+)
 __all__ = ["Run", "create_model_card", "evaluate", "generate_from_model_and_ref", "get_batch_loss_metrics", "train"]
 logger = logging.getLogger("dpo")
 
@@ -119,66 +123,44 @@ def train(
     wrapped = distributed.parallelize(policy, world, find_unused_parameters=args.ddp_find_unused_parameters)
     bco = {"sum": 0.0, "count": 0.0}  # of rewards: their mean is the δ of the BCO loss
     score = {"ref_model": ref_model, "args": args, "padding_value": padding_value, "world": world, "bco": bco}
-    loading = {
-        "num_workers": args.dataloader_num_workers,
-        "prefetch_factor": args.dataloader_prefetch_factor,
-        "pin_memory": world.device.type == "cuda",
-    }
 
     # ---- steps, optimizer, learning rate
-    def plan(epoch: int):
-        return epoch_windows(
-            train_rows["length"][:],
-            batch_size=args.per_device_train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
-            world_size=world.size,
-            shuffle=args.shuffle,
-            seed=(args.seed if args.data_seed is None else args.data_seed) + epoch,
-            group_by_length=args.group_by_length,
-            drop_last=args.dataloader_drop_last,
-        )
-
-    steps_per_epoch = len(plan(0))
+    plan = partial(
+        epoch_windows,
+        train_rows["length"][:],
+        batch_size=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        world_size=world.size,
+        shuffle=args.shuffle,
+        group_by_length=args.group_by_length,
+        drop_last=args.dataloader_drop_last,
+    )
+    steps_per_epoch = len(plan())
     if steps_per_epoch == 0:
         raise ValueError("dataloader_drop_last leaves no batch: the training set is smaller than one")
     total_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
-    log_every, save_every = steps_of(args.logging_steps, total_steps), steps_of(args.save_steps, total_steps)
-    eval_every = steps_of(args.eval_steps, total_steps) if args.eval_steps else log_every
-    optimizer = optimizers[0] or models.make_optimizer(
-        policy,
-        name=args.optim,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-    )
-    scheduler = optimizers[1] or get_scheduler(
-        args.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=args.warmup_steps or math.ceil(args.warmup_ratio * total_steps),
-        num_training_steps=total_steps,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )
+    decay = {"weight_decay": args.weight_decay, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    optimizer, scheduler = optimizers
+    if optimizer is None:
+        optimizer = models.make_optimizer(policy, name=args.optim, learning_rate=args.learning_rate, **decay)
+    if scheduler is None:
+        warmup = args.warmup_steps or math.ceil(args.warmup_ratio * total_steps)
+        scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, total_steps, args.lr_scheduler_kwargs)
     scaler = torch.amp.GradScaler(world.device.type, enabled=args.fp16)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
 
     # ---- where it goes on from, and where it writes
     stateful = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
     same_run = {"rows": len(train_rows), "steps": total_steps, "processes": world.size}
-    exact = (
-        "per_device_train_batch_size gradient_accumulation_steps learning_rate beta loss_type seed data_seed".split()
-    )
-    same_run |= {option: getattr(args, option) for option in exact}
+    same_run |= {option: getattr(args, option) for option in EXACT_OPTIONS}
     step, tokens_seen, best, sums = 0, 0, None, defaultdict(float)
     if resume:
-        state, rank_state = checkpoint.load_checkpoint(resume, world, policy, same_run=same_run)
-        for key, thing in stateful.items():
-            thing.load_state_dict(state[key])
+        state, rank_state = checkpoint.load_checkpoint(resume, world, policy, stateful=stateful, same_run=same_run)
         step, tokens_seen, best = state["step"], state["tokens_seen"], state["best"]
         bco.update(state["bco"])
+        sums.update(rank_state["sums"])
         if args.sync_ref_model:
             ref_model.load_state_dict(state["reference"], strict=False)
-        sums.update(rank_state["sums"])
     rows, receivers = [], []
     if world.rank == 0:
         if resume:
@@ -229,10 +211,16 @@ def train(
     if args.eval_on_start and step == 0:
         evaluate_now()
 
+    loading = {
+        "num_workers": args.dataloader_num_workers,
+        "prefetch_factor": args.dataloader_prefetch_factor,
+        "pin_memory": world.device.type == "cuda",
+    }
+    data_seed = args.seed if args.data_seed is None else args.data_seed
     policy.train()
     while step < total_steps:
         epoch, done = divmod(step, steps_per_epoch)
-        windows = plan(epoch)[done : done + total_steps - step]
+        windows = plan(seed=data_seed + epoch)[done : done + total_steps - step]
         batches = iter(load_batches(train_rows, windows, world.rank, collator, **loading))
         for window in windows:
             started, learning_rate = time.perf_counter(), scheduler.get_last_lr()[0]
@@ -262,16 +250,15 @@ def train(
                 sync_reference(policy, ref_model, mixup_alpha=args.ref_model_mixup_alpha)
             # -------------------------------------------------------------------------------------------------------
             step += 1
-            if world.device.type == "cuda" and (step == 1 or step % log_every == 0):
+            logs, evaluates, saves = due(step, total_steps=total_steps, steps_per_epoch=steps_per_epoch, args=args)
+            if logs and world.device.type == "cuda":
                 torch.cuda.synchronize()  # or the seconds would be those of queueing the work
             sums["seconds"] += time.perf_counter() - started
             bar.update()
-            is_last = step == total_steps
-
-            if step == 1 or step % log_every == 0 or is_last:
+            if logs:
                 means = distributed.mean_over_ranks(sums, world)
-                tokens_seen += means.pop("tokens")
                 sums.clear()
+                tokens_seen += means.pop("tokens")
                 row = {"step": step, "epoch": step / steps_per_epoch, "loss": means.pop("loss")}
                 row |= {
                     "learning_rate": learning_rate,
@@ -286,19 +273,14 @@ def train(
                 record(row)
                 shown = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
                 bar.set_postfix({label: f"{row[key]:.3f}" for label, key in shown.items()})
-
-            boundary = {"no": False, "epoch": step % steps_per_epoch == 0 or is_last}
-            saves = boundary.get(args.save_strategy, step % save_every == 0 or is_last)
-            if boundary.get(args.eval_strategy, step % eval_every == 0 or is_last):
+            if evaluates:
                 row = evaluate_now()
                 policy.train()
                 if args.load_best_model_at_end and saves:
-                    best = checkpoint.better_of(
-                        best, row, metric=args.metric_for_best_model, greater=args.greater_is_better
-                    )
+                    better = {"metric": args.metric_for_best_model, "greater": args.greater_is_better}
+                    best = checkpoint.better_of(best, row, **better)
             if saves:
-                state = {key: thing.state_dict() for key, thing in stateful.items()}
-                state |= {"step": step, "tokens_seen": tokens_seen, "best": best, "same_run": same_run, "bco": bco}
+                state = {"step": step, "tokens_seen": tokens_seen, "best": best, "same_run": same_run, "bco": bco}
                 if args.sync_ref_model:  # what it shares with the policy is not written twice
                     moved = {key for key, parameter in policy.named_parameters() if parameter.requires_grad}
                     state["reference"] = {key: v for key, v in ref_model.state_dict().items() if key in moved}
@@ -307,7 +289,8 @@ def train(
                     world,
                     model=policy,
                     processing_class=processing_class,
-                    state=None if args.save_only_model else state,
+                    stateful=None if args.save_only_model else stateful,
+                    state=state,
                     rank_state={"sums": {key: float(value) for key, value in sums.items()}},
                 )
                 if world.rank == 0:
@@ -320,17 +303,9 @@ def train(
     if world.rank == 0:
         checkpoint.save_model(output_dir, policy, processing_class)
         report.plot_rewards(rows, output_dir / "rewards.png")
-        told = {
-            key: getattr(args, key) for key in ("loss_type", "beta", "learning_rate", "num_train_epochs", "max_steps")
-        }
-        create_model_card(
-            output_dir,
-            model_name=name,
-            dataset_name=args.dataset_name,
-            rows=rows,
-            options=told,
-            adapter=isinstance(policy, PeftModel),
-        )
+        told = {key: getattr(args, key) for key in "loss_type beta learning_rate num_train_epochs max_steps".split()}
+        source = {"model_name": name, "dataset_name": args.dataset_name, "adapter": isinstance(policy, PeftModel)}
+        create_model_card(output_dir, **source, rows=rows, options=told)
         logger.info("Saved in %s: the model, metrics.jsonl, rewards.png, config.yaml, README.md", output_dir)
     distributed.barrier(world)
     return Run(policy.eval(), processing_class, rows, output_dir)
@@ -378,7 +353,6 @@ def get_batch_loss_metrics(
     Returns: the loss of each pair, (B,), with gradient; and the metrics, each (B,) without, one value a pair, so that
     sums over batches and processes are exact.
     """
-    names = loss_names(args)
     common = {"padding_value": padding_value, "ld_alpha": args.ld_alpha}
     scores = concatenated_forward(model, batch, **common, use_weighting=args.use_weighting)
     aux_loss = scores.pop("aux_loss", None)
@@ -391,39 +365,52 @@ def get_batch_loss_metrics(
     scores = {key: value[:real] for key, value in scores.items()}
     tokens, weights = scores.pop("tokens"), scores.pop("weights", 1.0)
 
-    options, own = {name: getattr(args, name) for name in LOSS_OPTIONS}, slice(None)
-    if "bco_pair" in names and bco is not None:
-        if train_eval == "train":
-            update_bco(bco, scores, beta=args.beta, world=world)
-        options["bco_delta"] = bco["sum"] / max(bco["count"], 1.0)
-    if set(names) & set(OVER_THE_BATCH):  # all that follows is over the pairs of all processes
-        scores, own = distributed.gather_pairs(scores, world)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(**scores, **options)
-    parts = {}
-    if len(names) > 1:
-        for name in names:  # the mixture with one weight of 1: its options may have no meaning for a part alone
-            alone = {**options, "rpo_alpha": None, "loss_weights": [float(name == other) for other in names]}
-            parts[f"loss/{name}"] = dpo_loss(**scores, **alone)[0]
-    if set(names) & set(OVER_THE_BATCH):
-        losses = losses.mean().expand_as(losses)  # a quantile belongs to no pair
-    losses = losses[own] * weights
+    update = train_eval == "train"
+    losses, chosen_rewards, rejected_rewards, parts = loss_of_batch(
+        scores, args=args, world=world, bco=bco, update=update
+    )
+    losses = losses * weights
+    metrics = {"loss": losses, "tokens": tokens, **parts}
     if aux_loss is not None:
         losses = losses + distributed.unwrap(model).config.router_aux_loss_coef * aux_loss
+        metrics |= {"loss": losses, "aux_loss": aux_loss.expand_as(losses)}
     rejected_rewards, best_rejected = mean_and_best(rejected_rewards, scores["rejected_lengths"])
-    metrics = {
+    metrics |= {
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/accuracies": (chosen_rewards > best_rejected).float(),
         "rewards/margins": chosen_rewards - rejected_rewards,
         "logps/chosen": scores["chosen_logps"],
         "logps/rejected": mean_and_best(scores["rejected_logps"], scores["rejected_lengths"])[0],
-        **parts,
     }
-    metrics = {"loss": losses, "tokens": tokens} | {key: value[own] for key, value in metrics.items()}
-    if aux_loss is not None:
-        metrics["aux_loss"] = aux_loss.expand_as(losses)
     prefix = "eval_" if train_eval == "eval" else ""
     return losses, {prefix + key: value.detach() for key, value in metrics.items()}
+
+
+def loss_of_batch(
+    scores: dict[str, torch.Tensor], *, args: DPOConfig, world: World | None, bco: dict | None, update: bool
+):
+    """`dpo_loss` with what some losses need from beyond the pair: BCO's δ, and for AOT the pairs of all processes.
+
+    Returns: losses, chosen rewards and rejected rewards as `dpo_loss`, of this process's pairs; and the losses of each
+    part of a mixture, {"loss/NAME": (B,)}.
+    """
+    names, options, own = loss_names(args), {name: getattr(args, name) for name in LOSS_OPTIONS}, slice(None)
+    if "bco_pair" in names and bco is not None:
+        if update:
+            update_bco(bco, scores, beta=args.beta, world=world)
+        options["bco_delta"] = bco["sum"] / max(bco["count"], 1.0)
+    if set(names) & set(OVER_THE_BATCH):
+        scores, own = distributed.gather_pairs(scores, world)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(**scores, **options)
+    if set(names) & set(OVER_THE_BATCH):
+        losses = losses.mean().expand_as(losses)  # a quantile belongs to no pair
+    parts = {}
+    for name in names if len(names) > 1 else ():
+        # The mixture with one weight of 1, not the loss by itself: its options may have no meaning for a part alone.
+        alone = {**options, "rpo_alpha": None, "loss_weights": [float(name == other) for other in names]}
+        parts[f"loss/{name}"] = dpo_loss(**scores, **alone)[0][own]
+    return losses[own], chosen_rewards[own], rejected_rewards[own], parts
 
 
 def mean_and_best(rejected: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -604,9 +591,19 @@ def update_bco(bco: dict[str, float], scores: dict, *, beta: float, world: World
         bco[key] += added[key]
 
 
-def steps_of(value: float, total_steps: int) -> int:
-    """An interval in steps; below 1 it is a share of all steps."""
-    return max(1, math.ceil(value * total_steps)) if value < 1 else int(value)
+def due(step: int, *, total_steps: int, steps_per_epoch: int, args: DPOConfig) -> tuple[bool, bool, bool]:
+    """Whether to log, to evaluate and to save after this step. Intervals below 1 are shares of all steps."""
+    is_last = step == total_steps
+
+    def every(interval: float) -> bool:
+        steps = max(1, math.ceil(interval * total_steps)) if interval < 1 else int(interval)
+        return is_last or step % steps == 0
+
+    def by(strategy: str, interval: float) -> bool:
+        return {"no": False, "epoch": every(steps_per_epoch), "steps": every(interval)}[strategy]
+
+    evaluates = by(args.eval_strategy, args.eval_steps or args.logging_steps)
+    return step == 1 or every(args.logging_steps), evaluates, by(args.save_strategy, args.save_steps)
 
 
 def to_device(batch: dict, device: torch.device) -> dict:
