@@ -31,7 +31,7 @@ class DPOConfig:
     # ---- model
     model_name_or_path: str | None = option(None, "Policy to train: Hub name or directory, a LoRA adapter's too.")
     ref_model_name_or_path: str | None = option(None, "Reference model; by default the policy as it is at the start.")
-    model_revision: str | None = option(None, "Branch, tag or commit of the model on the Hub.")
+    model_revision: str = option("main", "Branch, tag or commit of the model on the Hub.")
     dtype: str = option("float32", "Of the weights: float32, bfloat16, float16, or auto (as saved).")
     attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2, ...; by default the model's own.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model. Only for authors you trust.")

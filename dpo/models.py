@@ -1,51 +1,66 @@
 """Loads the policy and its tokenizer, adds a LoRA adapter, switches dropout off, makes the optimizer."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import find_adapter_config_file, has_file
 
 from dpo.data import first_line
 
 
-def load_model(name: str, *, dtype: str = "float32", **kwargs) -> torch.nn.Module:
-    """A causal language model by Hub name or directory; a directory that holds a PEFT adapter gives the base model with
-    that adapter, trainable.
+def load_model(name: str, *, dtype: str = "float32", revision: str = "main", **kwargs) -> torch.nn.Module:
+    """A causal language model by Hub name or directory; one that holds a PEFT adapter gives the base model with that
+    adapter, trainable.
 
     Args: dtype, of the weights. The default keeps them in float32: AdamW's updates at a learning rate of 1e-6 are too
-    small for bfloat16's 8 bits. kwargs, of from_pretrained (None values are left out).
+    small for bfloat16's 8 bits. revision, of name on the Hub. kwargs, of from_pretrained (None values are left out).
     Raises: ValueError in one line if there is no such model.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
-    base = adapter_base(name)
+    base = adapter_base(name, revision)
     try:
-        model = AutoModelForCausalLM.from_pretrained(base or name, dtype=dtype, **kwargs)
+        if base is None:
+            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **kwargs)
+        return PeftModel.from_pretrained(model, name, is_trainable=True, revision=revision)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"cannot load the model {str(base or name)!r}: {first_line(error)}") from error
-    return PeftModel.from_pretrained(model, name, is_trainable=True) if base else model
 
 
-def adapter_base(name: str) -> str | None:
-    """The base model of a directory that holds a PEFT adapter; None for any other name."""
-    path = Path(name) / "adapter_config.json"
-    return json.loads(path.read_text())["base_model_name_or_path"] if path.exists() else None
-
-
-def load_tokenizer(name: str, **kwargs):
-    """The tokenizer of a model; where it has no padding token, its EOS serves as one (masks tell them apart)."""
-    if adapter_base(name) and not (Path(name) / "tokenizer_config.json").exists():
-        name = adapter_base(name)  # PEFT itself saves an adapter without its tokenizer
+def adapter_base(name: str, revision: str = "main") -> str | None:
+    """The base model of a Hub name or directory that holds a PEFT adapter; None for any other name."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, **{key: value for key, value in kwargs.items() if value is not None}
-        )
+        path = find_adapter_config_file(name, revision=revision)
+    except OSError:  # no directory, and no name that the Hub could have
+        return None
+    return json.loads(Path(path).read_text())["base_model_name_or_path"] if path else None
+
+
+def load_tokenizer(name: str, *, revision: str = "main", trust_remote_code: bool = False):
+    """The tokenizer of a model; where it has no padding token, its EOS serves as one (masks tell them apart)."""
+    base = adapter_base(name, revision)
+    if base and not has_file(name, "tokenizer_config.json", revision=revision):
+        name, revision = base, "main"  # PEFT itself saves an adapter without its tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"cannot load the tokenizer of {str(name)!r}: {first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def learned_positions(model: torch.nn.Module) -> int | None:
+    """The longest sequence of a model that has an embedding for each position (GPT-2, OPT); None for all others."""
+    config = getattr(model, "config", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
+    tables = [m for name, m in model.named_modules() if re.search(r"wpe$|position", name.rpartition(".")[2])]
+    is_learned = any(isinstance(m, torch.nn.Embedding) and m.num_embeddings >= (limit or 0) for m in tables)
+    return limit if is_learned else None
 
 
 def add_adapter(model: torch.nn.Module, peft_config) -> torch.nn.Module:

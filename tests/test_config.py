@@ -236,7 +236,7 @@ def test_model_options_reach_from_pretrained(model_dir, tmp_path, monkeypatch):
         args=DPOConfig(
             model_name_or_path=str(model_dir),
             ref_model_name_or_path=str(reference),
-            model_revision="main",
+            model_revision="v2",
             dtype="bfloat16",
             attn_implementation="eager",
             trust_remote_code=True,
@@ -251,10 +251,10 @@ def test_model_options_reach_from_pretrained(model_dir, tmp_path, monkeypatch):
     )
     common = {"dtype": "bfloat16", "attn_implementation": "eager", "trust_remote_code": True}
     assert calls == [
-        (str(model_dir), {**common, "revision": "main", "attention_dropout": 0.1}),
-        (str(reference), {**common, "revision": None, "attention_dropout": 0.2}),
+        (str(model_dir), {**common, "revision": "v2", "attention_dropout": 0.1}),
+        (str(reference), {**common, "revision": "main", "attention_dropout": 0.2}),
     ]
-    assert tokenizers == [{"revision": "main", "trust_remote_code": True}]
+    assert tokenizers == [{"revision": "v2", "trust_remote_code": True}]
     assert run.model.dtype == torch.bfloat16 and run.model.config._attn_implementation == "eager"
     assert run.rows[0]["rewards/chosen"] != 0  # another reference
     assert DPOConfig().trust_remote_code is False

@@ -417,6 +417,32 @@ def test_arguments_that_contradict_each_other_are_refused(tmp_path, arguments, o
         start(tmp_path, model=model, ref_model=model)
 
 
+def test_an_adapter_on_the_hub_is_recognised_with_its_base(tmp_path, model_dir):
+    """A cache as the Hub's client keeps it, of a repository that holds an adapter alone."""
+    adapter = get_peft_model(load_model(str(model_dir)), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=2.0)
+    repository = tmp_path / "cache" / "models--someone--adapter"
+    adapter.save_pretrained(repository / "snapshots" / "1a2b")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1a2b")
+    said = []
+    for name in ("someone/adapter", str(repository / "snapshots" / "1a2b"), str(model_dir)):
+        arguments = ["--model_name_or_path", name, "--prompt", "sky", "--temperature", "0", "--max_new_tokens", "20"]
+        said.append(run("dpo.chat", *arguments, env={"HF_HUB_CACHE": str(tmp_path / "cache")}).stdout)
+    assert said[0] == said[1] != said[2]
+
+
+def test_rows_longer_than_learned_positions_are_refused_in_a_line(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2, n_positions=12))
+    with pytest.raises(ValueError, match="tokens and the model has 12 positions: set max_length 12"):
+        start(tmp_path, model=model)
+    start(tmp_path, model=model, max_length=12, max_steps=1)
+
+
 def test_an_adapter_without_tokenizer_files_takes_its_bases(tmp_path, model_dir):
     adapter = get_peft_model(load_model(str(model_dir)), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     adapter.save_pretrained(tmp_path / "adapter")
