@@ -37,7 +37,7 @@ class DataCollatorForPreference:
         batch = {}
         for part in ("prompt", "chosen", "rejected"):
             rows = [row[f"{part}_input_ids"] for row in features]
-            several = part == "rejected" and isinstance(rows[0][0], list)
+            several = part == "rejected" and any(isinstance(value, list) for value in rows[0])
             if several:
                 most = max(map(len, rows))
                 rows = [completion for row in rows for completion in row + [[]] * (most - len(row))]
@@ -86,17 +86,21 @@ def padded_inputs(joined: dict[str, torch.Tensor], padding_value: int, completio
     With all padding at the end, positions count from 0 and causal attention never sees it: right for every family.
 
     Args: joined, what `concatenated_inputs` returns; completions K, of a prompt, 2 in a pair.
-    Returns:
-        input_ids, attention_mask: (K·B, T) int64, what the model reads.
-        logits_to_keep: (K·B, T) bool, the positions whose next token belongs to a completion; M of them.
+    Returns: of the S = K·B sequences, less those without a completion (of rankings with fewer than K),
+        input_ids, attention_mask: (S, T) int64, what the model reads.
+        logits_to_keep: (S, T) bool, the positions whose next token belongs to a completion; M of them.
         targets: (M,) int64, those next tokens.
         owner: (M,) int64, the sequence (0 … K·B−1, chosen first) that each of them belongs to.
         lengths: (K·B,) int64, completion tokens of each sequence.
         tokens: (B,) int64, what the model reads of each row.
     """
-    ids = torch.cat([joined["prompt_input_ids"], joined["completion_input_ids"]], dim=1)
-    mask = torch.cat([joined["prompt_attention_mask"], joined["completion_attention_mask"]], dim=1)
-    scored = torch.cat([torch.zeros_like(joined["prompt_attention_mask"]), joined["completion_attention_mask"]], dim=1)
+    lengths = joined["completion_attention_mask"].sum(dim=1)
+    there = lengths.nonzero()[:, 0]
+    ids, mask = (
+        torch.cat([joined[f"prompt_{key}"], joined[f"completion_{key}"]], dim=1)[there]
+        for key in ("input_ids", "attention_mask")
+    )
+    scored = F.pad(joined["completion_attention_mask"][there], (joined["prompt_input_ids"].shape[1], 0))
     # A stable sort by "is padding" moves the real tokens to the left and keeps their order.
     order = torch.argsort(mask, dim=1, descending=True, stable=True)[:, : int(mask.sum(dim=1).max())]
     ids, mask, scored = ids.gather(1, order), mask.gather(1, order), scored.gather(1, order)
@@ -106,9 +110,9 @@ def padded_inputs(joined: dict[str, torch.Tensor], padding_value: int, completio
         "attention_mask": mask,
         "logits_to_keep": keep,
         "targets": ids[:, 1:][keep[:, :-1]],
-        "owner": keep.nonzero()[:, 0],
-        "lengths": scored.sum(dim=1),
-        "tokens": mask.sum(dim=1).unflatten(0, (completions, -1)).sum(dim=0),
+        "owner": there[keep.nonzero()[:, 0]],
+        "lengths": lengths,
+        "tokens": torch.zeros_like(lengths).index_add(0, there, mask.sum(dim=1)).unflatten(0, (completions, -1)).sum(0),
     }
 
 

@@ -91,7 +91,7 @@ class DPOConfig:
     ref_model_sync_steps: int = option(64, "Move it every so many steps.")
 
     # ---- optimization
-    per_device_train_batch_size: int = option(8, "Pairs in one forward pass of one process.")
+    per_device_train_batch_size: int = option(8, "Pairs (or rankings) in one forward pass of one process.")
     gradient_accumulation_steps: int = option(1, "Forward and backward passes per optimizer step.")
     num_train_epochs: float = option(3.0, "Passes over the training set; a fraction will do.")
     max_steps: int = option(-1, "Stop after so many optimizer steps, whatever num_train_epochs says; -1 for no limit.")

@@ -5,6 +5,7 @@ and prepare_dataset does all of that to a whole dataset (sources.py opens it). W
 completions, `rejected` is a list of them, best first.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -47,39 +48,38 @@ def check_row(row: dict) -> str | None:
             return f"columns {best} and {column} differ in kind: both must be text, or both lists of messages"
     if isinstance(prompt, list) and isinstance(chosen, str):
         return f"column 'prompt' is a list of messages but {best} is text: make both the same kind"
-    for column, value in others:
-        if chosen == value:
-            return f"columns {best} and {column} are equal: there is no preference to learn"
+    if all(chosen == value for _, value in others):
+        return f"columns {best} and {others[0][0]} are equal: there is no preference to learn"
     return None
 
 
 def completions_of(row: dict) -> dict:
     """The completions of a row, best first, under the names that messages give them: chosen, then rejected, one or a
-    list of several; or, where there is no chosen, `completions` by falling `scores`."""
-    if _has_scores(row):
+    list of several; or, where there is neither, `completions` by falling `scores`."""
+    if _is_scored(row):
         order = sorted(range(len(row["scores"])), key=lambda i: -row["scores"][i])
-        return {f"'completions', number {i + 1},": row["completions"][i] for i in order}
+        return {f"'completions' number {i + 1}": row["completions"][i] for i in order}
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if not _is_several(rejected):
         return {"'chosen'": chosen, "'rejected'": rejected}
-    return {"'chosen'": chosen} | {f"'rejected', number {i},": each for i, each in enumerate(rejected, start=1)}
+    return {"'chosen'": chosen} | {f"'rejected' number {i}": each for i, each in enumerate(rejected, start=1)}
 
 
-def _has_scores(row: dict) -> bool:
-    return row.get("chosen") is None and row.get("completions") is not None
+def _is_scored(row: dict) -> bool:
+    return row.get("chosen") is None and row.get("rejected") is None and row.get("completions") is not None
 
 
 def _is_several(value) -> bool:
     """Whether a value holds several completions: a list of texts, of conversations or of token ids."""
-    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], str | list)
+    return isinstance(value, list) and any(isinstance(each, str | list) for each in value)
 
 
 def _check_scores(row: dict) -> str | None:
-    if not _has_scores(row):
+    if not _is_scored(row):
         return None
     completions, scores = row["completions"], row.get("scores")
     if not _is_several(completions) or len(completions) < 2:
-        return "column 'completions' must be a list of two or more texts or conversations"
+        return "column 'completions' must be a list of two or more texts, or conversations, each a list of messages"
     if not isinstance(scores, list) or len(scores) != len(completions):
         return f"column 'scores' must be a list of {len(completions)} numbers, one for each of 'completions'"
     if not all(_is_number(score) for score in scores):
@@ -109,11 +109,11 @@ def _check_message(message) -> str | None:
 # ------------------------------------------------------------------------------------------- from conversation to text
 
 
-def split_prompt(prompt: str | list[dict] | None, completions: list) -> tuple:
+def split_prompt(prompt: str | list[dict] | None, completions: list) -> tuple[str | list[dict], list]:
     """(prompt, completions), each apart from the other, whether or not the row has a prompt of its own.
 
     An implicit prompt is the shared start of the completions: their first equal messages, or in text all up to the
-    last "\n\nAssistant:" in it (Anthropic's HH format), or else up to the last space before they part.
+    last "\\n\\nAssistant:" in it (Anthropic's HH format), or else up to the last space before they part.
     """
     if isinstance(completions[0], str):
         if prompt is None:
@@ -299,58 +299,59 @@ IDS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
 FLAGS = ("lost", "same", "truncated", "unstable", "boundary")
 
 
-def _prepare_row(
-    row: dict,
-    *,
-    processing_class,
-    numbers: list[str],
-    prepend_bos: bool,
-    ranked: bool,
-    allow_ties: bool,
-    source: str,
-    **limits,
-) -> dict:
+def _prepare_row(row: dict, *, numbers: list[str], ranked: bool, source: str, **options) -> dict:
     """One row to token ids and what there is to say about it; problems are returned, since a worker process that
     raises would lose the row's number and the words. `source` only tells the cache of datasets that the code changed.
     """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
     result = dict.fromkeys(IDS, []) | dict.fromkeys(FLAGS, False) | dict.fromkeys(numbers, 0.0)
     result |= {"scores": [], "length": 0, "problem": ""}
-    problem = check_row(row)
-    for column in numbers:
-        if not _is_number(row[column]):
-            problem = problem or f"column {column!r} is {row[column]!r}: it must be a number"
-    if problem:
-        return result | {"problem": problem}
-    result |= {column: float(row[column]) for column in numbers}
-    columns = list(completions_of(row))
-    if len(columns) > 2 and not ranked:
-        other = "the loss is one of pairs: choose loss_type plackett_luce or exo"
-        return result | {"problem": f"it ranks {len(columns)} completions, {other}"}
-    if _has_scores(row):
-        result["scores"] = sorted(map(float, row["scores"]), reverse=True)
-        if len(set(result["scores"])) < len(columns) and not allow_ties:
-            return result | {
-                "problem": f"column 'scores' is {row['scores']}: equal ones are no ranking (loss_type exo takes them)"
-            }
     try:
-        text = render_row(row, processing_class)
+        problem = check_row(row)
+        for column in numbers:
+            if not _is_number(row[column]):
+                problem = problem or f"column {column!r} is {row[column]!r}: it must be a number"
+        if not problem and not ranked and len(completions_of(row)) > 2:
+            problem = "it ranks more than two completions, the loss is one of pairs: choose plackett_luce or exo"
+        if problem:
+            raise ValueError(problem)
+        result |= {column: float(row[column]) for column in numbers} | _row_to_ids(row, **options)
     except ValueError as error:
         return result | {"problem": str(error)}
-    chosen, *rejected = text["completions"]
+    if not ranked:
+        result["rejected_input_ids"] = result["rejected_input_ids"][0]
+    return result
+
+
+def _row_to_ids(row: dict, *, processing_class, prepend_bos: bool, scored: bool, allow_ties: bool, **limits) -> dict:
+    """Renders, tokenises and truncates a checked row; rejected_input_ids is a list of lists.
+
+    Raises: ValueError that names what is wrong with the row.
+    """
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    columns, text = list(completions_of(row)), render_row(row, processing_class)
+    scores = sorted(row["scores"], reverse=True) if _is_scored(row) else row.get("scores") if scored else None
+    if not allow_ties and scores and len(set(scores)) < len(scores):
+        raise ValueError(f"column 'scores' is {row['scores']}: equal ones are no ranking (loss_type exo takes them)")
+    if scored and scores is not None and not _is_scored(row):
+        falling = isinstance(scores, list) and len(scores) == len(columns) and all(map(_is_number, scores))
+        if not falling or scores != sorted(scores, reverse=True):
+            raise ValueError(
+                f"column 'scores' is {scores}: give {len(columns)} falling numbers, that of 'chosen' first"
+            )
     for column, completion in zip(columns, text["completions"], strict=True):
         if not completion.strip():
-            return result | {"problem": f"column {column} is empty after the shared prompt"}
-    if chosen in rejected:
-        equal = columns[1 + rejected.index(chosen)]
-        return result | {"problem": f"columns {columns[0]} and {equal} are equal as the chat template renders them"}
+            raise ValueError(f"column {column} is empty after the shared prompt")
+    for (one, first), (other, second) in itertools.combinations(zip(columns, text["completions"], strict=True), 2):
+        if first == second and (not allow_ties or len(set(text["completions"])) == 1):
+            as_rendered = " as the chat template renders them" if text["templated"] else ""
+            raise ValueError(f"columns {one} and {other} are equal{as_rendered}: neither can be the better one")
 
-    prepend_bos = prepend_bos and not text["templated"]
+    chosen, *rejected = text["completions"]
     features = {"prompt": text["prompt"], "chosen": chosen, "rejected": rejected}
-    ids = tokenize_row(features, processing_class, prepend_bos=prepend_bos)
+    ids = tokenize_row(features, processing_class, prepend_bos=prepend_bos and not text["templated"])
     if not ids["prompt_input_ids"]:
         if tokenizer.bos_token_id is None:
-            return result | {"problem": "column 'prompt' is empty and the tokenizer has no BOS token to start from"}
+            raise ValueError("column 'prompt' is empty and the tokenizer has no BOS token to start from")
         ids["prompt_input_ids"] = [tokenizer.bos_token_id]
     boundary = False
     tokens_of = [ids["chosen_input_ids"], *ids["rejected_input_ids"]]
@@ -364,12 +365,11 @@ def _prepare_row(
     cut = truncate_row(ids, bos_token_id=tokenizer.bos_token_id, **limits)
     prompt, chosen, rejected = cut.values()
     return {
-        **result,
         **cut,
-        "rejected_input_ids": rejected if ranked else rejected[0],
+        "scores": scores if scored and scores else [],
         "length": len(prompt) + max(map(len, (chosen, *rejected))),
         "lost": not all((chosen, *rejected)),
-        "same": bool(chosen) and chosen in rejected,
+        "same": bool(chosen) and all(completion == chosen for completion in rejected),
         "truncated": cut != ids,
         "unstable": text["unstable"],
         "boundary": boundary,
@@ -385,17 +385,18 @@ def prepare_dataset(
     max_length: int | None = None,
     truncation_mode: str = "keep_end",
     ranked: bool = False,
+    scored: bool = False,
     allow_ties: bool = False,
     skip_bad_rows: bool = False,
     num_proc: int | None = None,
 ) -> Dataset:
     """Checks, renders and tokenises every row; named datasets become one dataset of token ids.
 
-    Args: ranked, rows may rank more than two completions: rejected_input_ids is then a list of lists; allow_ties, some
-    of a row's scores may be equal; the limits as in `truncate_row`.
+    Args: ranked, rows may rank more than two completions: rejected_input_ids is then a list of lists; scored, keep
+    their scores; allow_ties, some completions or scores of a row may be equal; the limits as in `truncate_row`.
     Returns: a Dataset with prompt_input_ids, chosen_input_ids, rejected_input_ids and length (tokens of the prompt and
-    the longest completion); and margin and weight, numbers of a row, and scores (of ranked completions, best first),
-    where all rows have them. Other columns are left out.
+    the longest completion); and margin and weight, numbers of a row, and scores, best first, where the rows have them.
+    Other columns are left out.
     Raises: ValueError that names part, row (counting from 1) and column of the first bad row, unless skip_bad_rows;
     ValueError when no row is left. Rows left out, and what else is worth knowing, are counted and logged.
     """
@@ -411,6 +412,7 @@ def prepare_dataset(
         "max_length": max_length,
         "truncation_mode": truncation_mode,
         "ranked": ranked,
+        "scored": scored,
         "allow_ties": allow_ties,
         "source": Path(__file__).read_text(encoding="utf-8"),
     }
@@ -422,15 +424,15 @@ def prepare_dataset(
     for name, rows in parts.items():
         if len(rows) == 0:
             raise ValueError(f"{name} has no rows: it must hold at least one preference pair")
-        wanted = {"chosen", "rejected"}
-        if "chosen" not in rows.column_names and "completions" in rows.column_names:
-            wanted = {"completions", "scores"}
-        missing = wanted - set(rows.column_names)
+        missing = {"chosen", "rejected"} - set(rows.column_names)
+        if "completions" in rows.column_names and missing:
+            missing = {"scores"} - set(rows.column_names)
         if missing:
             there = ", ".join(map(repr, rows.column_names))
             raise ValueError(f"{name}: column {min(missing)!r} is missing; it has {there}: add it, or rename one")
-        first = rows[0]["chosen"] if "chosen" in wanted else (rows[0]["completions"] or [""])[0]
-        if isinstance(first, list) and getattr(processing_class, "chat_template", None) is None:
+        first = completions_of(rows[0]) if check_row(rows[0]) is None else {}
+        conversational = any(isinstance(completion, list) for completion in first.values())
+        if conversational and getattr(processing_class, "chat_template", None) is None:
             raise ValueError(
                 f"{name} holds conversations but the tokenizer {tokenizer.name_or_path!r} has no chat template: "
                 "take a model made for chat, or save its tokenizer with a chat_template"
@@ -468,6 +470,12 @@ def prepare_dataset(
             f"{', '.join(parts)}: no row is left; {bad} are bad and of {sum(said['lost'])} truncation would leave "
             "nothing of a completion: mend the rows, or raise max_length"
         )
-    has_scores = ranked and all(said["scores"][i] for i in keep)
-    rows = rows.select_columns([*columns, "scores"] if has_scores else columns)
+    unscored = [i for i in keep if not said["scores"][i]]
+    if 0 < len(unscored) < len(keep) and scored:
+        where = [f"{name}, row {number}" for name, part in parts.items() for number in range(1, len(part) + 1)]
+        raise ValueError(
+            f"{where[unscored[0]]}: it has no scores, {len(keep) - len(unscored)} other rows have: loss_type exo takes "
+            "them in all rows or in none"
+        )
+    rows = rows.select_columns(columns if unscored else [*columns, "scores"])
     return rows.select(keep) if len(keep) < len(rows) else rows

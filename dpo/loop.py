@@ -83,8 +83,9 @@ def train(
         peft_config: a peft.PeftConfig or a dict of LoraConfig's arguments: trains an adapter.
         callbacks: functions that get each metrics row, in the first process.
         optimizers: (optimizer, scheduler) over the model's parameters, in place of args'.
-        compute_metrics: gets an EvalPrediction whose predictions are all pairs' (chosen rewards, rejected rewards)
-            and whose label_ids are 0, the chosen one's place; returns a dict of more evaluation metrics.
+        compute_metrics: gets an EvalPrediction whose predictions are all pairs' (chosen rewards, rejected rewards; of
+            a ranking the mean of all but the best) and whose label_ids are 0, the chosen one's place; returns a dict
+            of more evaluation metrics.
         model_init: makes the model, in place of model.
     """
     args = args or DPOConfig()
@@ -119,14 +120,10 @@ def train(
     has_own_reference = ref_model is not None or args.ref_model_name_or_path is not None
     starts_equal = args.disable_dropout and not has_own_reference and needs_reference(args)
     policy, ref_model = prepare_models(model, ref_model, peft_config, args=args, world=world)
-    longest, limit = (
-        max(max(some["length"]) for some in (train_rows, *eval_sets.values())),
-        models.learned_positions(policy),
-    )
+    longest = max(max(some["length"][:]) for some in (train_rows, *eval_sets.values()))
+    limit = models.learned_positions(policy)
     if limit is not None and longest > limit:
-        raise ValueError(
-            f"rows have up to {longest} tokens and the model has {limit} positions: set max_length {limit}"
-        )
+        raise ValueError(f"rows have up to {longest} tokens, the model has {limit} positions: set max_length {limit}")
     set_seed(args.seed + world.rank, deterministic=args.full_determinism)  # each process its own dropout
     wrapped = distributed.parallelize(policy, world, find_unused_parameters=args.ddp_find_unused_parameters)
     bco = {"sum": 0.0, "count": 0.0}  # of rewards: their mean is the δ of the BCO loss
@@ -181,7 +178,7 @@ def train(
         rows = report.read_rows(output_dir / "metrics.jsonl", up_to_step=step)
         trackers = report.open_trackers(trackers, run_name=args.run_name, output_dir=output_dir, config=options)
         receivers = [partial(report.append_row, output_dir / "metrics.jsonl"), *trackers, *(callbacks or [])]
-        logger.info("%d pairs, %d steps of %d pairs", len(train_rows), total_steps, pairs_per_step(args, world))
+        logger.info("%d rows, %d steps of %d rows", len(train_rows), total_steps, pairs_per_step(args, world))
     bar = tqdm(total=total_steps, initial=step, desc="DPO", disable=args.disable_tqdm or world.rank > 0)
 
     def record(row: dict) -> None:
@@ -486,26 +483,29 @@ def prepare_data(train_dataset, eval_dataset, processing_class, *, args: DPOConf
     names = loss_names(args)
 
     def prepare(source, split: str, subset: str | None = None) -> datasets.Dataset:
+        parts = load_preferences(source, split=split, subset=subset)
         with distributed.first_process_first(world):
             rows = prepare_dataset(
-                load_preferences(source, split=split, subset=subset),
+                parts,
                 processing_class,
                 max_prompt_length=args.max_prompt_length,
                 max_completion_length=args.max_completion_length,
                 max_length=args.max_length,
                 truncation_mode=args.truncation_mode,
                 ranked=bool(set(names) & set(OF_RANKINGS)),
+                scored="exo" in names,
                 allow_ties="plackett_luce" not in names and "exo" in names,
                 skip_bad_rows=args.skip_bad_rows,
                 num_proc=args.dataset_num_proc,
             )
+        told = ", ".join(parts)
         if "odpo" in names and "margin" not in rows.column_names:
-            raise ValueError("loss_type odpo needs a number for each pair: add a column margin to the dataset")
+            raise ValueError(f"{told}: loss_type odpo needs a number for each pair: add a column margin")
         if args.exo_beta_r != DPOConfig().exo_beta_r and "scores" not in rows.column_names:
-            raise ValueError("exo_beta_r does nothing without scores: leave it out, or add columns completions, scores")
+            raise ValueError(f"{told}: exo_beta_r does nothing without scores: leave it out, or add a column scores")
         if "exo" in names and args.label_smoothing and "scores" in rows.column_names:
             raise ValueError(
-                "label_smoothing does nothing for loss_type exo where the dataset has scores: leave it out"
+                f"{told}: label_smoothing does nothing where rows have scores, with loss_type exo: leave it out"
             )
         return rows
 
@@ -523,10 +523,16 @@ def prepare_data(train_dataset, eval_dataset, processing_class, *, args: DPOConf
             raise ValueError(
                 f"metric_for_best_model {best} is of none of {', '.join(eval_sets)}: name it eval_NAME_loss"
             )
-        return train_rows, {label: prepare(source, args.dataset_test_split) for label, source in eval_sets.items()}
-    if not isinstance(train_source, str) or Path(train_source).is_file():
+        eval_sets = {label: prepare(source, args.dataset_test_split) for label, source in eval_sets.items()}
+    elif not isinstance(train_source, str) or Path(train_source).is_file():
         raise ValueError("eval_strategy needs something to evaluate on: set eval_dataset_name, or eval_strategy to no")
-    return train_rows, {"": prepare(train_source, args.dataset_test_split, args.dataset_config)}
+    else:
+        eval_sets = {"": prepare(train_source, args.dataset_test_split, args.dataset_config)}
+    if any(("scores" in rows.column_names) != ("scores" in train_rows.column_names) for rows in eval_sets.values()):
+        raise ValueError(
+            "of the training and the evaluation set one has scores: loss_type exo takes them in both or none"
+        )
+    return train_rows, eval_sets
 
 
 def prepare_models(model, ref_model, peft_config, *, args: DPOConfig, world: World):

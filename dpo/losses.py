@@ -258,17 +258,17 @@ def sft_loss(chosen_logps: torch.Tensor, chosen_lengths: torch.Tensor) -> torch.
 def plackett_luce_loss(ratios: torch.Tensor, *, beta: float = 0.1, mask: torch.Tensor | None = None) -> torch.Tensor:
     """DPO over a ranking: −Σ_k log [e^(β r_k) / Σ_{j≥k} e^(β r_j)]. The sigmoid loss where K = 2.
 
-    Each completion is to be the best of those that come after it. For rankings of three or more: one row says more
-    than the pairs cut out of it, and repeats no prompt.
+    Each completion is to be the best of itself and those that come after it. For rankings of three or more, which
+    say it all at once where pairs cut out of them would say it piece by piece.
 
     Args: ratios (B, K), log π/π_ref of K completions, best first; mask (B, K) bool, False where a row has fewer.
     Returns: (B,). Source: Rafailov et al. 2023 (arXiv 2305.18290), appendix A.3, eq. 20.
     """
     rewards = beta * ratios
-    mask = torch.ones_like(ratios, dtype=torch.bool) if mask is None else mask
-    rewards = rewards.masked_fill(~mask, -1e30)  # −∞ for the sums, without its gradients
+    if mask is not None:  # as good as −∞ in the sums, and rest − rewards is 0
+        rewards = rewards.masked_fill(~mask, torch.finfo(ratios.dtype).min / 2)
     rest = rewards.flip(-1).logcumsumexp(-1).flip(-1)  # log Σ_{j≥k} e^(β r_j)
-    return (rest - rewards).masked_fill(~mask, 0).sum(-1)
+    return (rest - rewards).sum(-1)
 
 
 def exo_loss(
@@ -288,14 +288,15 @@ def exo_loss(
     Returns: (B,). Source: Ji et al. 2024 (arXiv 2402.00856), section 3.2; smoothed labels for K > 2 are ours.
     """
     mask = torch.ones_like(ratios, dtype=torch.bool) if mask is None else mask
-    policy = torch.log_softmax((beta * ratios).masked_fill(~mask, -1e30), -1)
+    lowest = torch.finfo(ratios.dtype).min / 2  # as good as −∞ in the softmax
+    policy = torch.log_softmax((beta * ratios).masked_fill(~mask, lowest), -1)
     if scores is not None:
-        target = torch.log_softmax((scores / exo_beta_r).masked_fill(~mask, -1e30), -1)
+        target = torch.log_softmax((scores / exo_beta_r).masked_fill(~mask, lowest), -1)
     else:
         epsilon = ratios.new_tensor(label_smoothing or 1e-3)
         target = torch.log(epsilon / (mask.sum(-1, keepdim=True) - 1)).repeat(1, ratios.shape[-1])
         target[:, 0] = torch.log1p(-epsilon)
-    return (policy.exp() * (policy - target)).masked_fill(~mask, 0).sum(-1)
+    return (policy.exp() * (policy - target)).sum(-1)
 
 
 # ----------------------------------------------------------------------------------------------------- f-divergences
@@ -454,7 +455,7 @@ def dpo_loss(
         beta: how strongly the policy is held to the reference.
         label_smoothing: ε in [0, 0.5), the share of flipped labels, for the losses of WITH_LABEL_SMOOTHING.
         f_divergence_type, f_alpha_divergence_coef: see `f_divergence_score`; for the losses of WITH_F_DIVERGENCE.
-        reference_free: take log π_ref = 0, a reference that likes all completions alike.
+        reference_free: take log π_ref = 0, a reference that likes all completions alike, in the rewards, too.
         rpo_alpha: α of the RPO term, per pair; needs chosen_lengths.
         chosen_lengths, rejected_lengths: (B,) completion tokens. Without them ipo, sigmoid_norm, simpo, orpo, cpo and
             sft take log-probabilities that are per-token means already.
@@ -485,7 +486,7 @@ def dpo_loss(
         raise ValueError("rpo_alpha and loss_type r_dpo need chosen_lengths, r_dpo rejected_lengths, too")
     if wpo_weights is not None and set(names) & {*OVER_THE_BATCH, *OF_RANKINGS}:
         raise ValueError(f"wpo_weights belong to pairs and loss_type {', '.join(names)} does not: leave them out")
-    if rejected_logps.ndim > 1 and not set(names) <= {*OF_RANKINGS, "sft"}:
+    if rejected_logps.ndim > 1 and not set(names) & set(OF_RANKINGS):
         raise ValueError(
             f"loss_type {', '.join(names)} is for pairs and rejected_logps is {tuple(rejected_logps.shape)}: choose "
             f"{' or '.join(OF_RANKINGS)}"

@@ -77,7 +77,7 @@ rankings = st.lists(
 
 
 @given(rankings, st.integers(0, 50))
-def test_rankings_are_stacked_by_rank_and_missing_completions_score_nothing(rows, pad_id):
+def test_rankings_are_stacked_by_rank_and_missing_completions_are_not_read(rows, pad_id):
     batch = DataCollatorForPreference(pad_token_id=pad_id)(rows)
     most = max(len(row["rejected_input_ids"]) for row in rows)
     longest = max(len(completion) for row in rows for completion in row["rejected_input_ids"])
@@ -88,12 +88,16 @@ def test_rankings_are_stacked_by_rank_and_missing_completions_score_nothing(rows
         for row in rows:
             there = rank < len(row["rejected_input_ids"])
             sequences.append((row["prompt_input_ids"], row["rejected_input_ids"][rank] if there else []))
-    for i, (prompt, completion) in enumerate(sequences):
-        read = inputs["input_ids"][i][inputs["attention_mask"][i].bool()]
+    there = [i for i, (_, completion) in enumerate(sequences) if completion]
+    assert len(inputs["input_ids"]) == len(there)  # the model reads no prompt for nothing
+    for at, i in enumerate(there):
+        prompt, completion = sequences[i]
+        read = inputs["input_ids"][at][inputs["attention_mask"][at].bool()]
         assert read.tolist() == prompt + completion
         assert inputs["targets"][inputs["owner"] == i].tolist() == completion
+        assert (inputs["owner"] == i).sum() == inputs["logits_to_keep"][at].sum() == len(completion)
     assert inputs["lengths"].tolist() == [len(completion) for _, completion in sequences]
-    read = [len(p) + len(c) for p, c in sequences]
+    read = [len(p) + len(c) if c else 0 for p, c in sequences]
     assert inputs["tokens"].tolist() == [sum(read[i :: len(rows)]) for i in range(len(rows))]
 
 

@@ -515,7 +515,7 @@ def ranking_texts(tokenizer, row: dict) -> list[str]:
 @pytest.mark.parametrize("row", [RANKING, SCORED], ids=["rejected is a list", "completions with scores"])
 def test_rankings_become_token_ids_best_first(row, source, tmp_path, tokenizer):
     rows = [row] if source == "a list" else write_as(source, [row], tmp_path)
-    done = prepared(rows, tokenizer, ranked=True)
+    done = prepared(rows, tokenizer, ranked=True, scored=True)
     ends = [f"{text}<|im_end|>" for text in (" blue", " grey", " red now", " green")]
     assert ranking_texts(tokenizer, done[0]) == ["the sky is", *ends]
     longest = max(len(ids) for ids in (done[0]["chosen_input_ids"], *done[0]["rejected_input_ids"]))
@@ -561,7 +561,7 @@ def test_scores_of_two_completions_make_a_pair(tokenizer):
 def test_equal_scores_are_taken_where_ties_are_allowed_in_the_order_they_have(tokenizer):
     row = {"prompt": "the", "completions": [" sky", " blue", " red"], "scores": [1, 2, 1]}
     assert "equal ones are no ranking (loss_type exo takes them)" in refusal([row], tokenizer, ranked=True)
-    done = prepared([row], tokenizer, ranked=True, allow_ties=True)[0]
+    done = prepared([row], tokenizer, ranked=True, scored=True, allow_ties=True)[0]
     assert ranking_texts(tokenizer, done)[1:] == [f"{text}<|im_end|>" for text in (" blue", " sky", " red")]
     assert done["scores"] == [2, 1, 1]
 
@@ -592,34 +592,81 @@ def test_a_ranking_is_cut_as_the_pair_with_its_longest_completion_is(rejected, p
 
 
 BAD_RANKINGS = {
-    "missing": ({**RANKING, "rejected": [" grey", None]}, "column 'rejected', number 2, is missing"),
-    "empty": ({**RANKING, "rejected": [" grey", " "]}, "column 'rejected', number 2, is empty"),
-    "equal": ({**RANKING, "rejected": [" grey", " blue"]}, "columns 'chosen' and 'rejected', number 2, are equal"),
-    "kinds": ({**RANKING, "rejected": [" grey", [BLUE]]}, "columns 'chosen' and 'rejected', number 2, differ in kind"),
+    "missing": ({**RANKING, "rejected": [" grey", None]}, "column 'rejected' number 2 is missing"),
+    "missing first": ({**RANKING, "rejected": [None, " grey"]}, "column 'rejected' number 1 is missing"),
+    "empty": ({**RANKING, "rejected": [" grey", " "]}, "column 'rejected' number 2 is empty"),
+    "equal": ({**RANKING, "rejected": [" grey", " blue"]}, "columns 'chosen' and 'rejected' number 2 are equal"),
+    "equal rest": ({**RANKING, "rejected": [" a", " a"]}, "columns 'rejected' number 1 and 'rejected' number 2 are eq"),
+    "all equal": ({**RANKING, "rejected": [" blue"]}, "columns 'chosen' and 'rejected' number 1 are equal: there is"),
+    "kinds": ({**RANKING, "rejected": [" grey", [BLUE]]}, "columns 'chosen' and 'rejected' number 2 differ in kind"),
+    "message": ({**CHAT, "rejected": [[BLUE], [{"role": "user"}]]}, "column 'rejected' number 2, message 1 has no 'c"),
     "one": ({**SCORED, "completions": [" red"], "scores": [1]}, "column 'completions' must be a list of two or more"),
-    "text": ({**SCORED, "completions": " red"}, "column 'completions' must be a list of two or more texts or conver"),
+    "text": ({**SCORED, "completions": " red"}, "column 'completions' must be a list of two or more texts, or conver"),
+    "messages": ({**SCORED, "completions": [BLUE, GREEN]}, "column 'completions' must be a list of two or more texts"),
     "fewer": ({**SCORED, "scores": [1, 2, 3]}, "column 'scores' must be a list of 4 numbers, one for each of 'comple"),
     "none": ({**SCORED, "scores": None}, "column 'scores' must be a list of 4 numbers"),
     "words": ({**SCORED, "scores": [1, 2, 3, "4"]}, "column 'scores' is [1, 2, 3, '4']: each must be a number"),
     "nan": ({**SCORED, "scores": [1, 2, 3, float("nan")]}, "column 'scores' is [1.0, 2.0, 3.0, nan]: each must be a n"),
     "ties": ({**SCORED, "scores": [1, 2, 3, 3]}, "column 'scores' is [1.0, 2.0, 3.0, 3.0]: equal ones are no"),
-    "empty one": ({**SCORED, "completions": [" a", "", " b", " c"]}, "column 'completions', number 2, is empty"),
-    "equal ones": ({**SCORED, "completions": [" a", " b", " c", " b"]}, "columns 'completions', number 2, and 'comple"),
+    "empty one": ({**SCORED, "completions": [" a", "", " b", " c"]}, "column 'completions' number 2 is empty"),
+    "equal ones": ({**SCORED, "completions": [" a", " b", " c", " b"]}, "columns 'completions' number 2 and 'complet"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_RANKINGS)
 def test_a_bad_ranking_is_named_by_row_and_column_or_left_out(name, tokenizer):
     bad, expected = BAD_RANKINGS[name]
-    rows = [SCORED if "scores" in bad else RANKING] * 2 + [bad]
-    assert refusal(rows, tokenizer, ranked=True).startswith(f"dataset, row 3: {expected}")
-    assert len(prepared(rows, tokenizer, ranked=True, skip_bad_rows=True)) == 2
+    good = SCORED if "scores" in bad else RANKING if isinstance(bad["chosen"], str) else CHAT
+    assert refusal([good, good, bad], tokenizer, ranked=True).startswith(f"dataset, row 3: {expected}")
+    assert refusal([bad, good, good], tokenizer, ranked=True).startswith(f"dataset, row 1: {expected}")
+    assert len(prepared([bad, good, good], tokenizer, ranked=True, skip_bad_rows=True)) == 2
+
+
+def test_a_completion_may_stand_twice_where_ties_are_allowed_unless_all_are_equal(tokenizer):
+    options = {"ranked": True, "scored": True, "allow_ties": True}
+    for completions, scores in (([" a", " a", " b"], [2, 2, 1]), ([" a", " b", " b"], [2, 1, 1])):
+        assert len(prepared([{"prompt": "p", "completions": completions, "scores": scores}], tokenizer, **options)) == 1
+    equal = {"prompt": "p", "completions": [" a", " a"], "scores": [2, 1]}
+    assert "are equal: there is no preference to learn" in refusal([equal], tokenizer, **options)
+
+
+def test_scores_may_stand_beside_chosen_and_rejected_where_they_are_read(tokenizer):
+    options = {"ranked": True, "scored": True, "allow_ties": True}
+    done = prepared([{**RANKING, "scores": [5, 2, 2, 1]}], tokenizer, **options)[0]
+    assert done == prepared([RANKING], tokenizer, **options)[0] | {"scores": [5, 2, 2, 1]}
+    for scores in ([1, 2, 3, 4], [3, 2, 1], "many", [3, 2, 1, None]):
+        message = refusal([{**RANKING, "scores": scores}], tokenizer, **options)
+        assert message.startswith(f"dataset, row 1: column 'scores' is {scores}: give 4 falling numbers")
+        assert len(prepared([{**RANKING, "scores": scores}], tokenizer, ranked=True)) == 1  # nobody reads them
+
+
+def test_scores_in_some_rows_only_are_refused_where_they_are_read(tokenizer, tmp_path):
+    path = write_jsonl(tmp_path / "some.jsonl", [SCORED, SCORED, RANKING])
+    message = refusal(path, tokenizer, ranked=True, scored=True, allow_ties=True)
+    assert message.startswith(f"{path}, row 3: it has no scores, 2 other rows have: loss_type exo takes them in all")
+    done = prepared(path, tokenizer, ranked=True)
+    assert len(done) == 3 and "scores" not in done.column_names
+
+
+def test_other_columns_of_these_names_do_no_harm(tokenizer):
+    """UltraFeedback keeps its completions, with ratings, beside chosen and rejected."""
+    row = {**PAIR, "completions": [{"model": "a", "response": "b"}], "scores": "high"}
+    assert prepared([row], tokenizer)[0] == prepared([PAIR], tokenizer)[0]
+    assert "column 'chosen' is missing" in refusal([row, {**row, "chosen": None}], tokenizer)
+    empty = [{**SCORED, "chosen": None}] * 2
+    assert len(prepared(empty, tokenizer, ranked=True)) == 2
+
+
+@pytest.mark.parametrize("value", [5, {"a": "x"}, None, [], "text"], ids=str)
+def test_a_first_row_that_is_wrong_is_named_like_any_other(value, tokenizer):
+    rows = [{"prompt": "p", "completions": value, "scores": [1, 2]}] * 2
+    assert refusal(rows, tokenizer, ranked=True).startswith("dataset, row 1: column ")
 
 
 def test_rankings_are_refused_where_pairs_are_wanted(tokenizer):
     for row in (RANKING, SCORED):
         message = refusal([row], tokenizer)
-        assert message.startswith("dataset, row 1: it ranks 4 completions, the loss is one of pairs")
+        assert message.startswith("dataset, row 1: it ranks more than two completions, the loss is one of pairs")
     message = refusal([{"prompt": "a", "completions": ["b", "c"]}], tokenizer, ranked=True)
     assert message.startswith("dataset: column 'scores' is missing; it has 'prompt', 'completions'")
 

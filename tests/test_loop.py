@@ -438,7 +438,7 @@ def test_rows_longer_than_learned_positions_are_refused_in_a_line(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2, n_positions=12))
-    with pytest.raises(ValueError, match="tokens and the model has 12 positions: set max_length 12"):
+    with pytest.raises(ValueError, match="tokens, the model has 12 positions: set max_length 12"):
         start(tmp_path, model=model)
     start(tmp_path, model=model, max_length=12, max_steps=1)
 
@@ -643,7 +643,8 @@ def test_rankings_of_different_lengths_train_the_same_however_they_are_cut(tmp_p
     at_once = start(tmp_path / "a", **options, **more)
     cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "per_device_eval_batch_size": 1}
     in_turn = start(tmp_path / "b", **options, **more, **cut)
-    for key in ("loss", "grad_norm", "rewards/margins", "eval_loss", "eval_rewards/rejected", "eval_logps/rejected"):
+    keys = ("loss", "grad_norm", "rewards/margins", "tokens_seen", "eval_loss", "eval_rewards/rejected")
+    for key in (*keys, "eval_logps/rejected"):
         assert curve(in_turn, key) == pytest.approx(curve(at_once, key), abs=1e-5, rel=1e-4), key
 
 
@@ -673,9 +674,19 @@ def test_scores_and_their_temperature_change_what_exo_trains(tmp_path):
 def test_what_rankings_cannot_do_is_refused_before_training(tmp_path):
     ranked, scored = make_rankings(8), make_rankings(8, scores=True)
     for rows, options, words in (
-        (ranked, {}, "row 2: it ranks 3 completions, the loss is one of pairs: choose loss_type plackett_luce or exo"),
-        (ranked, {"loss_type": "exo", "exo_beta_r": 2.0}, "exo_beta_r does nothing without scores"),
-        (scored, {"loss_type": "exo", "label_smoothing": 0.1}, "label_smoothing does nothing for loss_type exo where"),
+        (
+            ranked,
+            {},
+            "row 2: it ranks more than two completions, the loss is one of pairs: choose plackett_luce or exo",
+        ),
+        (ranked, {"loss_type": "exo", "exo_beta_r": 2.0}, "dataset: exo_beta_r does nothing without scores"),
+        (
+            scored,
+            {"loss_type": "exo", "label_smoothing": 0.1},
+            "dataset: label_smoothing does nothing where rows have scores",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             start(tmp_path, rows=rows, **options)
+    with pytest.raises(ValueError, match="of the training and the evaluation set one has scores"):
+        start(tmp_path, rows=scored, eval_rows=ranked, loss_type="exo", eval_strategy="epoch")

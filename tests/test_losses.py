@@ -283,6 +283,7 @@ def test_losses_over_the_batch_equal_the_closed_form_by_quantile(name, columns, 
     assert [tensor.grad.tolist() for tensor in tensors] == [near(slope) for slope in slopes]
 
 
+RANKINGS = ("plackett_luce", "exo")
 RANKED = st.lists(st.lists(ratios, min_size=2, max_size=5), min_size=1, max_size=3)  # rows of 2 to 5 completions
 
 
@@ -384,7 +385,7 @@ def test_dpo_loss_of_rankings_equals_the_closed_form(data, rows, beta, rpo_alpha
         assert grad[i].tolist() == near(slopes + [0.0] * (grad.shape[1] - len(slopes)), scale)
 
 
-@pytest.mark.parametrize("loss_type", [name for name in LOSSES if name not in ("plackett_luce", "exo", "sft")])
+@pytest.mark.parametrize("loss_type", [name for name in LOSSES if name not in RANKINGS])
 def test_losses_of_pairs_refuse_rankings(loss_type):
     chosen, rejected = torch.zeros(2), torch.zeros(2, 3)
     with pytest.raises(ValueError, match=f"loss_type {loss_type} is for pairs .* choose plackett_luce or exo"):
@@ -437,7 +438,6 @@ def test_gradcheck(name):
 
 OF_H = {"sigmoid": sigmoid, "robust": robust, "hinge": hinge, "ipo": ipo, "exo_pair": exo_pair, "discopop": discopop}
 OF_H |= {"odpo": odpo, "r_dpo": r_dpo, "plackett_luce": sigmoid, "exo": exo_pair}  # of two completions
-RANKINGS = ("plackett_luce", "exo")
 OF_W_AND_L = {"nca_pair": nca_pair, "bco_pair": bco_pair, "sppo_hard": sppo_hard, "apo_zero": apo_zero}
 OF_W_AND_L |= {"apo_down": apo_down, "dpop": dpop, "chipo": chipo, "sigmoid_norm": sigmoid_norm}
 NO_REFERENCE = {"simpo": simpo, "orpo": orpo, "cpo": cpo, "sft": sft}
@@ -757,14 +757,21 @@ def test_each_function_by_itself_is_finite_however_far_apart(name, dtype):
         assert all(torch.isfinite(tensor.grad).all() for tensor in tensors)
 
 
-@pytest.mark.parametrize("name", ["plackett_luce_loss", "exo_loss"])
-def test_losses_of_many_completions_are_finite_however_far_apart(name):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("name", "inputs"), [("plackett_luce_loss", 1), ("exo_loss", 1), ("exo_loss", 2)])
+def test_losses_of_many_completions_are_finite_however_far_apart(name, inputs, dtype):
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.tensor(FAR)[torch.randint(len(FAR), (200, 4), generator=generator)] for _ in range(2)]
-    tensors = [tensor.requires_grad_() for tensor in tensors[: 1 if name == "plackett_luce_loss" else 2]]
-    result = function(name)(*tensors, beta=1.0)
-    result.sum().backward()
-    assert torch.isfinite(result).all() and all(torch.isfinite(tensor.grad).all() for tensor in tensors)
+    far = torch.tensor(FAR, dtype=dtype) / (10 if dtype == torch.float16 else 1)  # its own largest number is 65504
+    tensors = [far[torch.randint(len(FAR), (200, 4), generator=generator)].requires_grad_() for _ in range(inputs)]
+    fewer = torch.arange(4) < torch.randint(2, 5, (200, 1), generator=generator)
+    for mask in (None, fewer):
+        result = function(name)(*tensors, beta=1.0, mask=mask)
+        grads = torch.autograd.grad(result.sum(), tensors)
+        assert torch.isfinite(result).all() and all(torch.isfinite(grad).all() for grad in grads)
+    if dtype == torch.float32:
+        for i, there in enumerate(fewer):
+            alone = function(name)(*(tensor[i : i + 1, there] for tensor in tensors), beta=1.0)
+            assert result[i].item() == pytest.approx(alone.item(), rel=1e-5, abs=1e-5)
 
 
 def test_bfloat16_inputs_are_subtracted_in_float32():
