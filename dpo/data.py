@@ -329,15 +329,7 @@ def _row_to_ids(row: dict, *, processing_class, prepend_bos: bool, scored: bool,
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     columns, text = list(completions_of(row)), render_row(row, processing_class)
-    scores = sorted(row["scores"], reverse=True) if _is_scored(row) else row.get("scores") if scored else None
-    if not allow_ties and scores and len(set(scores)) < len(scores):
-        raise ValueError(f"column 'scores' is {row['scores']}: equal ones are no ranking (loss_type exo takes them)")
-    if scored and scores is not None and not _is_scored(row):
-        falling = isinstance(scores, list) and len(scores) == len(columns) and all(map(_is_number, scores))
-        if not falling or scores != sorted(scores, reverse=True):
-            raise ValueError(
-                f"column 'scores' is {scores}: give {len(columns)} falling numbers, that of 'chosen' first"
-            )
+    scores = _scores_of(row, allow_ties=allow_ties) if scored or _is_scored(row) else []
     for column, completion in zip(columns, text["completions"], strict=True):
         if not completion.strip():
             raise ValueError(f"column {column} is empty after the shared prompt")
@@ -366,7 +358,7 @@ def _row_to_ids(row: dict, *, processing_class, prepend_bos: bool, scored: bool,
     prompt, chosen, rejected = cut.values()
     return {
         **cut,
-        "scores": scores if scored and scores else [],
+        "scores": scores if scored else [],
         "length": len(prompt) + max(map(len, (chosen, *rejected))),
         "lost": not all((chosen, *rejected)),
         "same": bool(chosen) and all(completion == chosen for completion in rejected),
@@ -374,6 +366,22 @@ def _row_to_ids(row: dict, *, processing_class, prepend_bos: bool, scored: bool,
         "unstable": text["unstable"],
         "boundary": boundary,
     }
+
+
+def _scores_of(row: dict, *, allow_ties: bool) -> list[float]:
+    """The scores of a checked row's completions, best first; none where it has none."""
+    scores, completions = row.get("scores"), completions_of(row)
+    if scores is None:
+        return []
+    if _is_scored(row):
+        scores = sorted(scores, reverse=True)
+    elif not isinstance(scores, list) or len(scores) != len(completions) or not all(map(_is_number, scores)):
+        raise ValueError(f"column 'scores' is {scores}: give {len(completions)} numbers, that of 'chosen' first")
+    elif scores != sorted(scores, reverse=True):
+        raise ValueError(f"column 'scores' is {scores}: they must fall, 'chosen' has the highest")
+    if len(set(scores)) < len(scores) and not allow_ties:
+        raise ValueError(f"column 'scores' is {row['scores']}: equal ones are no ranking (loss_type exo takes them)")
+    return scores
 
 
 def prepare_dataset(

@@ -634,9 +634,10 @@ def test_scores_may_stand_beside_chosen_and_rejected_where_they_are_read(tokeniz
     options = {"ranked": True, "scored": True, "allow_ties": True}
     done = prepared([{**RANKING, "scores": [5, 2, 2, 1]}], tokenizer, **options)[0]
     assert done == prepared([RANKING], tokenizer, **options)[0] | {"scores": [5, 2, 2, 1]}
-    for scores in ([1, 2, 3, 4], [3, 2, 1], "many", [3, 2, 1, None]):
-        message = refusal([{**RANKING, "scores": scores}], tokenizer, **options)
-        assert message.startswith(f"dataset, row 1: column 'scores' is {scores}: give 4 falling numbers")
+    for scores in ([1, 2, 3, 4], [3, 2, 1], "many", 7, [3, 2, 1, None]):
+        message = refusal([{**RANKING, "scores": scores}], tokenizer, **options | {"allow_ties": False})
+        what = "they must fall" if scores == [1, 2, 3, 4] else "give 4 numbers, that of 'chosen' first"
+        assert message.startswith(f"dataset, row 1: column 'scores' is {scores}: {what}")
         assert len(prepared([{**RANKING, "scores": scores}], tokenizer, ranked=True)) == 1  # nobody reads them
 
 
