@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import conftest
@@ -628,3 +631,11 @@ precompute_ref_batch_size loss_type beta f_divergence_type f_alpha_divergence_co
 use_weighting rpo_alpha discopop_tau sync_ref_model ref_model_mixup_alpha ref_model_sync_steps generate_during_eval
 is_encoder_decoder
 """
+
+
+def test_threads_do_not_spin_for_long_unless_the_user_wants_it():
+    show = [sys.executable, "-c", "import dpo.losses, os; print(os.environ['GOMP_SPINCOUNT'])"]
+    for given, expected in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7")):
+        environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+        done = subprocess.run(show, cwd=ROOT, env={**environment, **given}, capture_output=True, text=True)
+        assert done.stdout.strip() == expected
