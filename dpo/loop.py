@@ -359,41 +359,39 @@ def get_batch_loss_metrics(
     sums over batches and processes are exact.
     """
     common = {"padding_value": padding_value, "ld_alpha": args.ld_alpha}
-    scores = concatenated_forward(model, batch, **common, use_weighting=args.use_weighting)
-    aux_loss = scores.pop("aux_loss", None)
-    reference = torch.zeros_like(scores["chosen_logps"]), torch.zeros_like(scores["rejected_logps"])
+    scored = concatenated_forward(model, batch, **common, use_weighting=args.use_weighting)
+    aux_loss = scored.pop("aux_loss", None)
+    reference = torch.zeros_like(scored["chosen_logps"]), torch.zeros_like(scored["rejected_logps"])
     if needs_reference(args):
         reference = compute_ref_log_probs(batch, policy=model, ref_model=ref_model, **common)
-    scores["ref_chosen_logps"], scores["ref_rejected_logps"] = reference
+    scored["ref_chosen_logps"], scored["ref_rejected_logps"] = reference
     columns = {"margin": "margins", "scores": "scores", "weight": "weights"}
-    scores |= {name: batch[column] for column, name in columns.items() if column in batch}
-    scores = {key: value[:real] for key, value in scores.items()}
-    tokens, weights = scores.pop("tokens"), scores.pop("weights", 1.0)
+    scored |= {name: batch[column] for column, name in columns.items() if column in batch}
+    scored = {key: value[:real] for key, value in scored.items()}
+    tokens, weights = scored.pop("tokens"), scored.pop("weights", 1.0)
 
-    update = train_eval == "train"
-    losses, chosen_rewards, rejected_rewards, parts = loss_of_batch(
-        scores, args=args, world=world, bco=bco, update=update
-    )
+    beyond = {"world": world, "bco": bco, "update": train_eval == "train"}
+    losses, chosen_rewards, rejected_rewards, parts = loss_of_batch(scored, args=args, **beyond)
     losses = losses * weights
     metrics = {"loss": losses, "tokens": tokens, **parts}
     if aux_loss is not None:
         losses = losses + distributed.unwrap(model).config.router_aux_loss_coef * aux_loss
         metrics |= {"loss": losses, "aux_loss": aux_loss.expand_as(losses)}
-    rejected_rewards, best_rejected = mean_and_best(rejected_rewards, scores["rejected_lengths"])
+    rejected_rewards, best_rejected = mean_and_best(rejected_rewards, scored["rejected_lengths"])
     metrics |= {
         "rewards/chosen": chosen_rewards,
         "rewards/rejected": rejected_rewards,
         "rewards/accuracies": (chosen_rewards > best_rejected).float(),
         "rewards/margins": chosen_rewards - rejected_rewards,
-        "logps/chosen": scores["chosen_logps"],
-        "logps/rejected": mean_and_best(scores["rejected_logps"], scores["rejected_lengths"])[0],
+        "logps/chosen": scored["chosen_logps"],
+        "logps/rejected": mean_and_best(scored["rejected_logps"], scored["rejected_lengths"])[0],
     }
     prefix = "eval_" if train_eval == "eval" else ""
     return losses, {prefix + key: value.detach() for key, value in metrics.items()}
 
 
 def loss_of_batch(
-    scores: dict[str, torch.Tensor], *, args: DPOConfig, world: World | None, bco: dict | None, update: bool
+    scored: dict[str, torch.Tensor], *, args: DPOConfig, world: World | None, bco: dict | None, update: bool
 ):
     """`dpo_loss` with what some losses need from beyond the pair: BCO's δ, and for AOT the pairs of all processes.
 
@@ -403,18 +401,18 @@ def loss_of_batch(
     names, options, own = loss_names(args), {name: getattr(args, name) for name in LOSS_OPTIONS}, slice(None)
     if "bco_pair" in names and bco is not None:
         if update:
-            update_bco(bco, scores, beta=args.beta, world=world)
+            update_bco(bco, scored, beta=args.beta, world=world)
         options["bco_delta"] = bco["sum"] / max(bco["count"], 1.0)
     if set(names) & set(OVER_THE_BATCH):
-        scores, own = distributed.gather_pairs(scores, world)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(**scores, **options)
+        scored, own = distributed.gather_pairs(scored, world)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(**scored, **options)
     if set(names) & set(OVER_THE_BATCH):
         losses = losses.mean().expand_as(losses)  # a quantile belongs to no pair
     parts = {}
     for name in names if len(names) > 1 else ():
         # The mixture with one weight of 1, not the loss by itself: its options may have no meaning for a part alone.
         alone = {**options, "rpo_alpha": None, "loss_weights": [float(name == other) for other in names]}
-        parts[f"loss/{name}"] = dpo_loss(**scores, **alone)[0][own]
+        parts[f"loss/{name}"] = dpo_loss(**scored, **alone)[0][own]
     return losses[own], chosen_rewards[own], rejected_rewards[own], parts
 
 
@@ -594,10 +592,10 @@ def needs_reference(args: DPOConfig) -> bool:
     return not args.reference_free and not set(loss_names(args)) <= set(WITHOUT_REFERENCE)
 
 
-def update_bco(bco: dict[str, float], scores: dict, *, beta: float, world: World | None) -> None:
+def update_bco(bco: dict[str, float], scored: dict, *, beta: float, world: World | None) -> None:
     """Adds the rewards of this batch's pairs, chosen and rejected, of all processes, to BCO's running sum and count."""
     with torch.no_grad():
-        ratios = [scores[f"{which}_logps"] - scores[f"ref_{which}_logps"] for which in ("chosen", "rejected")]
+        ratios = [scored[f"{which}_logps"] - scored[f"ref_{which}_logps"] for which in ("chosen", "rejected")]
         rewards = beta * torch.cat(ratios)
     added = {"sum": float(rewards.double().sum()), "count": float(len(rewards))}
     added = distributed.sum_over_ranks(added, world) if world else added
