@@ -1,4 +1,5 @@
 """Every loss of preference optimization as a plain function of (B,) tensors: one value per pair, nothing reduced.
+Those of rankings take (B, K) tensors of K completions and give one value per row.
 
 Notation, here and in the papers: w = log π(y_w|x) − log π_ref(y_w|x) for the chosen completion, l the same for the
 rejected one, h = w − l, σ the logistic function, |y| the number of completion tokens, all log-probabilities in nats and
