@@ -194,7 +194,8 @@ def run_child(kind: str, python: str, setup: dict) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
         setup = {**setup, "output": str(Path(scratch) / "out"), "result": str(result)}
-        environment = {**os.environ, "HF_DATASETS_CACHE": str(Path(scratch) / "cache")}
+        # What dpo/__init__.py sets for ours, TRL shall have, too: threads that do not spin for long.
+        environment = {"GOMP_SPINCOUNT": "1000", **os.environ, "HF_DATASETS_CACHE": str(Path(scratch) / "cache")}
         if kind != "trl":
             environment["PYTHONPATH"] = str(ROOT)
         command = [python, str(Path(__file__).resolve()), "--child", kind, "--setup", json.dumps(setup)]

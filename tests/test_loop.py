@@ -12,7 +12,10 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo.collate import DataCollatorForPreference
 from dpo.config import DPOConfig
+from dpo.data import prepare_dataset
+from dpo.distributed import setup
 from dpo.logprobs import concatenated_forward
 from dpo.loop import evaluate, get_batch_loss_metrics, main
 from dpo.models import load_model, load_tokenizer
@@ -477,10 +480,6 @@ def test_optimizers_of_the_callers_are_used(tmp_path):
 
 
 def test_evaluate_and_batch_metrics_can_be_called_alone(tmp_path):
-    from dpo.collate import DataCollatorForPreference
-    from dpo.data import prepare_dataset
-    from dpo.distributed import setup
-
     rows = prepare_dataset({"rows": Dataset.from_list(EVAL_ROWS)}, make_tokenizer())
     collator, args, model = DataCollatorForPreference(pad_token_id=0), DPOConfig(beta=0.3), make_model()
     result = evaluate(model, rows, collator, args=args, ref_model=make_model(seed=3), world=setup(use_cpu=True))
@@ -607,9 +606,6 @@ def test_a_loss_of_rankings_trains_on_pairs_as_its_pair_loss_does(tmp_path, rank
 
 def test_a_rankings_loss_and_metrics_equal_those_added_up_by_hand():
     """Each completion scored as one of a pair, alone; Plackett and Luce's choices multiplied out in float64."""
-    from dpo.collate import DataCollatorForPreference
-    from dpo.data import prepare_dataset
-
     rows = prepare_dataset({"rows": Dataset.from_list(make_rankings(6))}, make_tokenizer(), ranked=True)
     collator, args = DataCollatorForPreference(pad_token_id=0), DPOConfig(beta=0.3, loss_type="plackett_luce")
     model, ref_model = make_model(), make_model(seed=3)
