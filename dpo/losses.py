@@ -456,7 +456,8 @@ def dpo_loss(
         beta: how strongly the policy is held to the reference.
         label_smoothing: ε in [0, 0.5), the share of flipped labels, for the losses of WITH_LABEL_SMOOTHING.
         f_divergence_type, f_alpha_divergence_coef: see `f_divergence_score`; for the losses of WITH_F_DIVERGENCE.
-        reference_free: take log π_ref = 0, a reference that likes all completions alike, in the rewards, too.
+        reference_free: take log π_ref = 0, a reference that likes all completions alike; in the rewards, too, where TRL
+            0.x subtracts a reference that it is given.
         rpo_alpha: α of the RPO term, per pair; needs chosen_lengths.
         chosen_lengths, rejected_lengths: (B,) completion tokens. Without them ipo, sigmoid_norm, simpo, orpo, cpo and
             sft take log-probabilities that are per-token means already.
