@@ -73,8 +73,8 @@ def mean_over_ranks(sums: dict, world: World) -> dict[str, float]:
 
 
 def gather_pairs(values: dict[str, torch.Tensor], world: World | None) -> tuple[dict[str, torch.Tensor], slice]:
-    """The (B,) tensors of all processes, each with its own B, one behind the other in the order of ranks, with their
-    gradients; and where this process's own are among them."""
+    """The (B,) tensors of all processes, each with its own B, concatenated in the order of ranks, with their gradients;
+    and where this process's own are among them."""
     real = len(next(iter(values.values())))
     if world is None or world.size == 1:
         return values, slice(0, real)

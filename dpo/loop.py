@@ -120,10 +120,13 @@ def train(
     has_own_reference = ref_model is not None or args.ref_model_name_or_path is not None
     starts_equal = args.disable_dropout and not has_own_reference and needs_reference(args)
     policy, ref_model = prepare_models(model, ref_model, peft_config, args=args, world=world)
-    longest = max(max(some["length"][:]) for some in (train_rows, *eval_sets.values()))
     limit = models.learned_positions(policy)
-    if limit is not None and longest > limit:
-        raise ValueError(f"rows have up to {longest} tokens, the model has {limit} positions: set max_length {limit}")
+    if limit is not None:
+        longest = max(max(some["length"][:]) for some in (train_rows, *eval_sets.values()))
+        if longest > limit:
+            raise ValueError(
+                f"rows have up to {longest} tokens, the model has {limit} positions: set max_length {limit}"
+            )
     set_seed(args.seed + world.rank, deterministic=args.full_determinism)  # each process its own dropout
     wrapped = distributed.parallelize(policy, world, find_unused_parameters=args.ddp_find_unused_parameters)
     bco = {"sum": 0.0, "count": 0.0}  # of rewards: their mean is the δ of the BCO loss
