@@ -19,20 +19,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--system_prompt", help="stands before the conversation")
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token each time")
-    parser.add_argument(
-        "--top_p", type=float, default=0.95, help="sample from the likeliest tokens of this total share"
-    )
+    parser.add_argument("--top_p", type=float, default=0.95, help="sample from the likeliest tokens of this share")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto", help="of the weights: auto (as saved), float32, bfloat16, float16")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
     args = parser.parse_args(argv)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    name, trust = args.model_name_or_path, {"trust_remote_code": args.trust_remote_code}
     try:
-        model = models.load_model(
-            args.model_name_or_path, dtype=args.dtype, trust_remote_code=args.trust_remote_code
-        ).eval()
-        tokenizer = models.load_tokenizer(args.model_name_or_path, trust_remote_code=args.trust_remote_code)
+        model = models.load_model(name, dtype=args.dtype, **trust).eval()
+        tokenizer = models.load_tokenizer(name, **trust)
     except ValueError as error:
         sys.exit(f"error: {error}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,24 +41,26 @@ def main(argv: list[str] | None = None) -> None:
     start = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
     if args.prompt is not None:
         answer(model, tokenizer, [*start, {"role": "user", "content": args.prompt}], sampling)
-        return
+    else:
+        converse(model, tokenizer, start, sampling)
+
+
+def converse(model: torch.nn.Module, tokenizer, start: list[dict], sampling: dict) -> None:
     print(HELP)
     messages = list(start)
     while True:
         try:
-            said = input("\nyou> ").strip()
+            text = input("\nyou> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if said == "/quit":
+        if text == "/quit":
             return
-        if said == "/reset":
-            messages = list(start)
-            print("(forgotten)")
-        elif said.startswith("/"):
-            print(HELP)
-        elif said:
-            messages.append({"role": "user", "content": said})
+        if text.startswith("/"):
+            print("(forgotten)" if text == "/reset" else HELP)
+            messages = list(start) if text == "/reset" else messages
+        elif text:
+            messages.append({"role": "user", "content": text})
             try:
                 messages.append({"role": "assistant", "content": answer(model, tokenizer, messages, sampling)})
             except KeyboardInterrupt:
@@ -73,9 +72,8 @@ def answer(model: torch.nn.Module, tokenizer, messages: list[dict], sampling: di
     """Prints the answer to a conversation while it is made, and returns it. Without a chat template the model goes on
     from the last message's text."""
     if tokenizer.chat_template:
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        inputs = tokenizer.apply_chat_template(messages, **options)
     else:
         inputs = tokenizer(messages[-1]["content"], return_tensors="pt")
     inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}

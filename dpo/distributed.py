@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.nn
+from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -32,20 +33,23 @@ def setup(*, use_cpu: bool = False, backend: str | None = None, timeout: int = 1
     return World(rank=int(os.environ.get("RANK", 0)), size=size, device=device)
 
 
-def parallelize(model: torch.nn.Module, world: World, *, find_unused_parameters: bool = False) -> torch.nn.Module:
-    """Spreads the policy over the processes: DDP keeps a replica in each and averages their gradients.
-
-    How a model is laid out over processes is decided here and nowhere else.
-    """
-    if world.size == 1:
+def lay_out(
+    model: torch.nn.Module, world: World, *, trains: bool, find_unused_parameters: bool = False
+) -> torch.nn.Module:
+    """A model, on its device, as the processes share it: the one rule for policy and reference, decided here and
+    nowhere else. Each process holds all of both; DDP averages the gradients of the one that trains."""
+    model.to(world.device)
+    if world.size == 1 or not trains:
         return model
     devices = [world.device] if world.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=find_unused_parameters)
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The model inside `parallelize`'s wrapper."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The model inside what `lay_out` and torch.compile wrapped around it."""
+    while isinstance(model, DistributedDataParallel | OptimizedModule):
+        model = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+    return model
 
 
 def synchronize_gradients(model: torch.nn.Module, now: bool):
@@ -55,9 +59,8 @@ def synchronize_gradients(model: torch.nn.Module, now: bool):
 
 def sum_over_ranks(values: dict[str, float | torch.Tensor], world: World) -> dict[str, float]:
     """Adds up each value over all processes, in float64; every process must pass the same keys in the same order."""
-    totals = torch.stack(
-        [torch.as_tensor(value, dtype=torch.float64, device=world.device) for value in values.values()]
-    )
+    as_numbers = {"dtype": torch.float64, "device": world.device}
+    totals = torch.stack([torch.as_tensor(value, **as_numbers) for value in values.values()])
     if world.size > 1:
         dist.all_reduce(totals)
     return dict(zip(values, totals.tolist(), strict=True))
@@ -72,20 +75,20 @@ def mean_over_ranks(sums: dict, world: World) -> dict[str, float]:
     return {key: total / pairs for key, total in totals.items()} | rate | {"tokens": tokens}
 
 
-def gather_pairs(values: dict[str, torch.Tensor], world: World | None) -> tuple[dict[str, torch.Tensor], slice]:
+def gather_pairs(values: dict[str, torch.Tensor], world: World) -> tuple[dict[str, torch.Tensor], slice]:
     """The (B,) tensors of all processes, each with its own B, concatenated in the order of ranks, with their gradients;
     and where this process's own are among them."""
-    real = len(next(iter(values.values())))
-    if world is None or world.size == 1:
-        return values, slice(0, real)
-    counts = gather_lists([real], world)
+    count = len(next(iter(values.values())))
+    if world.size == 1:
+        return values, slice(0, count)
+    counts = gather_lists([count], world)
     longest, gathered = max(counts), {}
     for key, value in values.items():
-        padded = torch.nn.functional.pad(value, (0, longest - real))
+        padded = torch.nn.functional.pad(value, (0, longest - count))
         parts = dist.nn.functional.all_gather(padded)
-        gathered[key] = torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+        gathered[key] = torch.cat([part[:number] for part, number in zip(parts, counts, strict=True)])
     start = sum(counts[: world.rank])
-    return gathered, slice(start, start + real)
+    return gathered, slice(start, start + count)
 
 
 def gather_lists(values: list, world: World) -> list:
@@ -99,11 +102,7 @@ def gather_lists(values: list, world: World) -> list:
 
 def from_first(value, world: World):
     """The first process's value, in all of them."""
-    if world.size == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+    return gather_lists([value], world)[0]
 
 
 def barrier(world: World) -> None:

@@ -9,9 +9,7 @@ import inspect
 import torch
 import torch.nn.functional as F
 
-from dpo.collate import concatenated_inputs, padded_inputs
-
-NOT_FOR_THE_MODEL = ("targets", "owner", "lengths", "tokens")
+from dpo.collate import padded_batch
 
 
 def token_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -46,7 +44,7 @@ def ld_weights(owner: torch.Tensor, lengths: torch.Tensor, *, ld_alpha: float) -
     return 1.0 - (1.0 - ld_alpha) * (position >= shorter[owner]).float()
 
 
-def wpo_token_scores(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def wpo_alignment(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """WPO: log π_t − log Σ_v π_v², how likely the token is next to what the policy would expect of its own sample.
 
     Args: logits (M, V); targets (M,). Returns: (M,) float32, without gradient.
@@ -58,63 +56,51 @@ def wpo_token_scores(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tenso
 
 
 def concatenated_forward(
-    model: torch.nn.Module,
-    batch: dict[str, torch.Tensor],
-    *,
-    padding_value: int = 0,
-    ld_alpha: float | None = None,
-    use_weighting: bool = False,
+    model, batch: dict, *, padding_value: int = 0, ld_alpha: float | None = None, use_weighting: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Scores chosen and rejected completions in one forward pass: log π(y|x) = Σ_t log π(y_t | x, y_<t).
+    """Chosen and rejected completions in one forward pass: log π(y|x) = Σ_t log π(y_t | x, y_<t).
 
-    Args:
-        model: a causal language model; its own forward is called, so soft-capping, logit scales and biases apply.
-        batch: what the collator gives (B pairs), or model inputs that already carry logits_to_keep, targets and owner.
-        padding_value: fills the padding of input_ids; never seen by a real token.
-        ld_alpha: weigh the tokens as `ld_weights` says; use_weighting: give the pairs' WPO weights, too.
-
+    Args: model, a causal language model (its own forward is called, so soft-capping, logit scales and biases apply);
+    batch, what the collator gives of B pairs, in any layout; padding_value, fills the padding where the plain layout is
+    made ready here; ld_alpha, weigh the tokens as `ld_weights` says; use_weighting, give the pairs' WPO weights, too.
     Returns: chosen_logps, rejected_logps (B,) float32 sums in nats; chosen_lengths, rejected_lengths (B,) int64,
-    completion tokens; tokens (B,) int64, all that the model read of the pair; with use_weighting wpo_weights (B,) =
-    min(1, exp(s_w + s_l)), s the mean of a completion's `wpo_token_scores`; aux_loss () where the model returns one.
-    With K > 2 completions rejected_logps and rejected_lengths are (B, K−1), by rank, 0 where a row has fewer.
+    completion tokens; with use_weighting wpo_weights (B,) = min(1, exp(s_w + s_l)), s the mean of a completion's
+    `wpo_alignment`; aux_loss () where the model returns one. With K > 2 completions rejected_logps and rejected_lengths
+    are (B, K−1), by rank, 0 where a row has fewer.
     """
-    if "owner" not in batch:
-        rejected = batch["rejected_input_ids"]
-        completions = 1 + rejected.shape[1] if rejected.ndim == 3 else 2
-        batch = padded_inputs(concatenated_inputs(batch, padding_value), padding_value, completions)
+    if "inputs" not in batch:
+        batch = padded_batch(batch, padding_value)
     targets, owner, lengths, pairs = batch["targets"], batch["owner"], batch["lengths"], len(batch["tokens"])
     if len(lengths) > 2 * pairs and (ld_alpha is not None or use_weighting):
         raise ValueError(
             "ld_alpha and use_weighting are for pairs, and the batch ranks more completions: leave them out"
         )
-    inputs = {key: value for key, value in batch.items() if key not in NOT_FOR_THE_MODEL}
-    if accepts_logits_to_keep(model):
-        output = model(**inputs, use_cache=False)
-        logits = output.logits  # (M, V)
-    else:
-        keep = inputs.pop("logits_to_keep")
-        output = model(**inputs, use_cache=False)
-        logits = output.logits[keep]
+    output, logits = forward_kept_positions(model, batch["inputs"])  # logits (M, V)
     per_token = token_logps(logits, targets)
     if ld_alpha is not None:
         per_token = per_token * ld_weights(owner, lengths, ld_alpha=ld_alpha)
     logps = sum_by_owner(per_token, owner, len(lengths))
-    scores = {"tokens": batch["tokens"]}
+    result = {}
     for key, values in (("logps", logps), ("lengths", lengths)):
         rejected = values[pairs:].unflatten(0, (-1, pairs)).T  # (B, K−1)
-        scores |= {f"chosen_{key}": values[:pairs], f"rejected_{key}": rejected.squeeze(1)}
+        result |= {f"chosen_{key}": values[:pairs], f"rejected_{key}": rejected.squeeze(1)}
     if use_weighting:
-        means = sum_by_owner(wpo_token_scores(logits, targets), owner, len(lengths)) / lengths
-        scores["wpo_weights"] = sum(means.chunk(2)).exp().clamp(max=1)
+        means = sum_by_owner(wpo_alignment(logits, targets), owner, len(lengths)) / lengths
+        result["wpo_weights"] = sum(means.chunk(2)).exp().clamp(max=1)
     if getattr(output, "aux_loss", None) is not None:
-        scores["aux_loss"] = output.aux_loss
-    return scores
+        result["aux_loss"] = output.aux_loss
+    return result
 
 
-def accepts_logits_to_keep(model: torch.nn.Module) -> bool:
-    """Whether the model can leave out logits itself. Looks through the wrappers of DDP, torch.compile and PEFT, whose
-    forward takes anything."""
-    model = getattr(model, "module", model)
-    model = getattr(model, "_orig_mod", model)
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+def forward_kept_positions(model: torch.nn.Module, inputs: dict[str, torch.Tensor]):
+    """(the model's output, its logits (M, V) at the positions of inputs["logits_to_keep"], (S, T) bool).
+
+    A model that takes logits_to_keep leaves the other logits out itself. Whether it does, its own forward tells, which
+    stands somewhere inside the wrappers that DDP, torch.compile and PEFT put around it.
+    """
+    if any("logits_to_keep" in inspect.signature(module.forward).parameters for module in model.modules()):
+        output = model(**inputs, use_cache=False)
+        return output, output.logits
+    others = {key: value for key, value in inputs.items() if key != "logits_to_keep"}
+    output = model(**others, use_cache=False)
+    return output, output.logits[inputs["logits_to_keep"]]

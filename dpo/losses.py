@@ -4,8 +4,11 @@ Those of rankings take (B, K) tensors of K completions and give one value per ro
 Notation, here and in the papers: w = log π(y_w|x) − log π_ref(y_w|x) for the chosen completion, l the same for the
 rejected one, h = w − l, σ the logistic function, |y| the number of completion tokens, all log-probabilities in nats and
 summed over completion tokens unless a bar says mean. The training loss is the mean over pairs. `dpo_loss` puts them
-together. Each function needs torch and F alone, or the neighbours that its docstring names.
+together: it finds what a loss needs by the names of its parameters, so that a new loss is its function and its line in
+`LOSSES`. Each function needs torch and F alone, or the neighbours that its docstring names.
 """
+
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -44,13 +47,14 @@ def hinge_loss(h: torch.Tensor, *, beta: float = 0.1) -> torch.Tensor:
     return torch.relu(1 - beta * h)
 
 
-def ipo_loss(h: torch.Tensor, *, beta: float = 0.1) -> torch.Tensor:
+def ipo_loss(mean_h: torch.Tensor, *, beta: float = 0.1) -> torch.Tensor:
     """IPO: (h̄ − 1/(2β))². A regression onto a finite margin, so that certain preferences do not push for ever.
 
-    Args: h (B,), here the difference of PER-TOKEN MEAN log-ratios: the authors confirmed means. β is the paper's τ;
-    implementations that take sums need another β. Returns: (B,). Source: Azar et al. 2023 (arXiv 2310.12036), eq. 17.
+    Args: mean_h (B,), w/|y_w| − l/|y_l|, the difference of PER-TOKEN MEAN log-ratios: the authors confirmed means. β is
+    the paper's τ; implementations that take sums need another β. Returns: (B,). Source: Azar et al. 2023 (arXiv
+    2310.12036), eq. 17.
     """
-    return (h - 1 / (2 * beta)) ** 2
+    return (mean_h - 1 / (2 * beta)) ** 2
 
 
 def exo_pair_loss(h: torch.Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0) -> torch.Tensor:
@@ -77,29 +81,25 @@ def discopop_loss(h: torch.Tensor, *, beta: float = 0.1, discopop_tau: float = 0
     return -torch.sigmoid(-beta * h / discopop_tau) * F.logsigmoid(beta * h) + exponential
 
 
-def odpo_loss(h: torch.Tensor, offset: torch.Tensor, *, beta: float = 0.1) -> torch.Tensor:
+def odpo_loss(h: torch.Tensor, margins: torch.Tensor, *, beta: float = 0.1) -> torch.Tensor:
     """DPO with an offset: −log σ(βh − Δ). For pairs whose distance is known: the reward margin must exceed Δ.
 
-    Args: h (B,); offset (B,), Δ in units of reward. Returns: (B,). Source: Amini et al. 2024 (arXiv 2402.10571).
+    Args: h (B,); margins (B,), Δ in units of reward. Returns: (B,). Source: Amini et al. 2024 (arXiv 2402.10571).
     """
-    return -F.logsigmoid(beta * h - offset)
+    return -F.logsigmoid(beta * h - margins)
 
 
 def r_dpo_loss(
-    h: torch.Tensor,
-    chosen_lengths: torch.Tensor,
-    rejected_lengths: torch.Tensor,
-    *,
-    beta: float = 0.1,
-    alpha: float = 0.01,
+    h: torch.Tensor, length_difference: torch.Tensor, *, beta: float = 0.1, r_dpo_alpha: float = 0.01
 ) -> torch.Tensor:
     """Length-regularised DPO: −log σ(βh + α|y_w| − α|y_l|). Against answers that only grow longer.
 
     The optimum of reward − α|y| has r = β log π/π_ref + α|y|: pairs that length explains train less.
 
-    Args: h, lengths (B,). Returns: (B,). Source: Park et al. 2024 (arXiv 2403.19159).
+    Args: h (B,); length_difference (B,), |y_w| − |y_l| in tokens; r_dpo_alpha α, the price of a token.
+    Returns: (B,). Source: Park et al. 2024 (arXiv 2403.19159).
     """
-    return -F.logsigmoid(beta * h + alpha * (chosen_lengths - rejected_lengths).to(h.dtype))
+    return -F.logsigmoid(beta * h + r_dpo_alpha * length_difference.to(h.dtype))
 
 
 # ---------------------------------------------------------------------------------- losses of w and l, each by itself
@@ -113,13 +113,14 @@ def nca_pair_loss(w: torch.Tensor, l: torch.Tensor, *, beta: float = 0.1) -> tor
     return -F.logsigmoid(beta * w) - 0.5 * F.logsigmoid(-beta * w) - 0.5 * F.logsigmoid(-beta * l)
 
 
-def bco_pair_loss(w: torch.Tensor, l: torch.Tensor, *, beta: float = 0.1, delta: float = 0.0) -> torch.Tensor:
+def bco_pair_loss(w: torch.Tensor, l: torch.Tensor, *, beta: float = 0.1, bco_delta: float = 0.0) -> torch.Tensor:
     """BCO: −log σ(βw − δ) − log σ(−(βl − δ)). A classifier of good and bad completions, for pairs that share little.
 
-    Args: w, l (B,); delta δ, the running mean of the rewards of both kinds, a constant to the gradient (the loop keeps
-    it over all processes; TRL 1.x and Liger leave it out). Returns: (B,). Source: Jung et al. 2024 (arXiv 2404.04656).
+    Args: w, l (B,); bco_delta δ, the running mean of the rewards of both kinds, a constant to the gradient (the loop
+    keeps it over all processes; TRL 1.x and Liger leave it out). Returns: (B,). Source: Jung et al. 2024 (arXiv
+    2404.04656).
     """
-    return -F.logsigmoid(beta * w - delta) - F.logsigmoid(-(beta * l - delta))
+    return -F.logsigmoid(beta * w - bco_delta) - F.logsigmoid(-(beta * l - bco_delta))
 
 
 def sppo_hard_loss(w: torch.Tensor, l: torch.Tensor, *, beta: float = 0.1) -> torch.Tensor:
@@ -168,30 +169,33 @@ def chipo_loss(w: torch.Tensor, l: torch.Tensor, *, beta: float = 0.1, chipo_cli
 
 
 def aot_loss(
-    policy_h: torch.Tensor, ref_h: torch.Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0
+    batch_policy_h: torch.Tensor, batch_ref_h: torch.Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0
 ) -> torch.Tensor:
     """AOT for paired data: d = sort(log π_w − log π_l) − sort(log π_ref,w − log π_ref,l), then the sigmoid loss of d.
 
     The policy's margins are to dominate the reference's at each quantile. The sort runs over the batch: give it the
     global one, or the loss changes with the number of processes.
 
-    Args: policy_h, ref_h (B,), log-probability differences of chosen and rejected. Returns: (B,), by quantile and not
-    by pair. Needs: sigmoid_loss. Source: Melnyk et al. 2024 (arXiv 2406.05882), paired.
+    Args: batch_policy_h, batch_ref_h (B,), differences of the log-probabilities of chosen and rejected, over the global
+    batch. Returns: (B,), by quantile and not by pair. Needs: sigmoid_loss. Source: Melnyk et al. 2024 (arXiv
+    2406.05882), paired.
     """
-    d = policy_h.sort().values - ref_h.sort().values
+    d = batch_policy_h.sort().values - batch_ref_h.sort().values
     return sigmoid_loss(d, beta=beta, label_smoothing=label_smoothing)
 
 
-def aot_pair_loss(w: torch.Tensor, l: torch.Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0) -> torch.Tensor:
+def aot_pair_loss(
+    batch_w: torch.Tensor, batch_l: torch.Tensor, *, beta: float = 0.1, label_smoothing: float = 0.0
+) -> torch.Tensor:
     """AOT for unpaired data: d = sort(w) − sort(l), then the sigmoid loss of d. TRL's newer name: aot_unpaired.
 
-    Args: w, l (B,) over the global batch. Returns: (B,), by quantile and not by pair. Needs: sigmoid_loss.
-    Source: Melnyk et al. 2024 (arXiv 2406.05882), unpaired.
+    Args: batch_w, batch_l (B,), w and l over the global batch. Returns: (B,), by quantile and not by pair.
+    Needs: sigmoid_loss. Source: Melnyk et al. 2024 (arXiv 2406.05882), unpaired.
     """
-    return sigmoid_loss(w.sort().values - l.sort().values, beta=beta, label_smoothing=label_smoothing)
+    return sigmoid_loss(batch_w.sort().values - batch_l.sort().values, beta=beta, label_smoothing=label_smoothing)
 
 
-# --------------------------------------------------------------------------- losses of per-token means and likelihoods
+# ---------------------------------------------------- losses of per-token means: log-probabilities divided by lengths
 
 
 def sigmoid_norm_loss(
@@ -205,24 +209,38 @@ def sigmoid_norm_loss(
 
 
 def simpo_loss(
-    chosen_means: torch.Tensor, rejected_means: torch.Tensor, *, beta: float = 2.0, gamma: float = 0.5
+    chosen_logps: torch.Tensor,
+    rejected_logps: torch.Tensor,
+    chosen_lengths: torch.Tensor,
+    rejected_lengths: torch.Tensor,
+    *,
+    beta: float = 2.0,
+    simpo_gamma: float = 0.5,
 ) -> torch.Tensor:
     """SimPO: −log σ(β(log π_w/|y_w| − log π_l/|y_l|) − γ). No reference: fewer forward passes, no leash.
 
-    Args: chosen_means, rejected_means (B,), mean log-probability of a token; gamma γ, the target margin.
-    Returns: (B,). Source: Meng et al. 2024 (arXiv 2405.14734).
+    Args: logps (B,) sums, lengths (B,); simpo_gamma γ, the target margin. Returns: (B,).
+    Source: Meng et al. 2024 (arXiv 2405.14734).
     """
-    return -F.logsigmoid(beta * (chosen_means - rejected_means) - gamma)
+    return -F.logsigmoid(beta * (chosen_logps / chosen_lengths - rejected_logps / rejected_lengths) - simpo_gamma)
 
 
-def orpo_loss(chosen_means: torch.Tensor, rejected_means: torch.Tensor, *, orpo_lambda: float = 0.1) -> torch.Tensor:
+def orpo_loss(
+    chosen_logps: torch.Tensor,
+    rejected_logps: torch.Tensor,
+    chosen_lengths: torch.Tensor,
+    rejected_lengths: torch.Tensor,
+    *,
+    orpo_lambda: float = 0.1,
+) -> torch.Tensor:
     """ORPO: NLL_w − λ log σ(log odds_w − log odds_l), odds = p/(1−p), log p the mean log-probability of a token.
 
     Supervised fine-tuning and preference in one stage from a base model, without reference.
 
-    Args: chosen_means, rejected_means (B,), at most 0. Returns: (B,). Source: Hong et al. 2024 (arXiv 2403.07691),
-    the odds ratio eq. 7.
+    Args: logps (B,) sums, at most 0; lengths (B,). Returns: (B,). Source: Hong et al. 2024 (arXiv 2403.07691), the odds
+    ratio eq. 7.
     """
+    chosen_means, rejected_means = chosen_logps / chosen_lengths, rejected_logps / rejected_lengths
     chosen, rejected = chosen_means.clamp(max=-1e-6), rejected_means.clamp(max=-1e-6)  # p = 1 has infinite odds
     log_odds = chosen - torch.log(-torch.expm1(chosen)) - rejected + torch.log(-torch.expm1(rejected))
     return -chosen_means - orpo_lambda * F.logsigmoid(log_odds)
@@ -286,8 +304,11 @@ def exo_loss(
 
     Args: ratios (B, K), log π/π_ref, best first; scores (B, K), a reward model's; exo_beta_r β_r, their temperature;
     label_smoothing ε, 0 means 1e-3; mask (B, K) bool, False where a row has fewer completions.
-    Returns: (B,). Source: Ji et al. 2024 (arXiv 2402.00856), section 3.2; smoothed labels for K > 2 are ours.
+    Returns: (B,). Raises: ValueError for label_smoothing beside scores. Source: Ji et al. 2024 (arXiv 2402.00856),
+    section 3.2; smoothed labels for K > 2 are ours.
     """
+    if scores is not None and label_smoothing:
+        raise ValueError("label_smoothing has no meaning for loss_type exo where there are scores: set it to 0")
     mask = torch.ones_like(ratios, dtype=torch.bool) if mask is None else mask
     lowest = torch.finfo(ratios.dtype).min / 2  # as good as −∞ in the softmax
     policy = torch.log_softmax((beta * ratios).masked_fill(~mask, lowest), -1)
@@ -302,8 +323,10 @@ def exo_loss(
 
 # ----------------------------------------------------------------------------------------------------- f-divergences
 
+F_DIVERGENCES = ("reverse_kl", "js_divergence", "alpha_divergence", "forward_kl")
 
-def f_divergence_score(
+
+def f_derivative(
     ratio: torch.Tensor, *, f_divergence_type: str = "reverse_kl", f_alpha_divergence_coef: float = 1.0
 ) -> torch.Tensor:
     """f′(π/π_ref) up to a constant, which takes the log-ratio's place in h under another divergence than reverse KL.
@@ -335,6 +358,9 @@ def capped_exp(x: torch.Tensor) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------------- all of it
 
 
+# A loss may have these parameters: w, l, h = w − l, mean_h (of per-token means), chosen_logps, rejected_logps,
+# chosen_lengths, rejected_lengths, length_difference; batch_w, batch_l, batch_policy_h, batch_ref_h (the global batch);
+# ratios and mask (B, K), scores, margins; beta, label_smoothing and options of its own.
 LOSSES = {
     "sigmoid": sigmoid_loss,
     "robust": robust_loss,
@@ -362,17 +388,22 @@ LOSSES = {
     "plackett_luce": plackett_luce_loss,
     "exo": exo_loss,
 }
-WITHOUT_REFERENCE = ("sft", "simpo", "orpo", "cpo")  # they never look at π_ref
-OF_RANKINGS = ("plackett_luce", "exo")  # they take two or more completions of a prompt
-# Built on differences of log-ratios, h where there are two:
-WITH_F_DIVERGENCE = ("sigmoid", "robust", "hinge", "ipo", "exo_pair", "discopop", "odpo", "r_dpo", *OF_RANKINGS)
-WITH_LABEL_SMOOTHING = ("sigmoid", "robust", "exo_pair", "aot", "aot_pair", "aot_unpaired", "exo")
-OVER_THE_BATCH = ("aot", "aot_pair", "aot_unpaired")  # one value a quantile; want the global batch
+PARAMETERS = {name: inspect.signature(loss).parameters for name, loss in LOSSES.items()}
+
+
+def takers(*parameters: str) -> tuple[str, ...]:
+    """The names of the losses that have one of these parameters."""
+    return tuple(name for name in LOSSES if set(parameters) & set(PARAMETERS[name]))
+
+
+OF_RANKINGS = takers("ratios")  # they take two or more completions of a prompt
+OVER_THE_BATCH = takers("batch_w", "batch_policy_h")  # one value a quantile; want the global batch
+WITH_F_DIVERGENCE = takers("h", "mean_h", "ratios")  # built on log-ratios that another divergence may replace
+WITH_REFERENCE = takers("w", "h", "mean_h", "ratios", "batch_w", "batch_policy_h")  # the others never look at π_ref
 
 
 def check_loss(
     loss_type: str | list[str],
-    *,
     loss_weights: list[float] | None = None,
     label_smoothing: float = 0.0,
     f_divergence_type: str = "reverse_kl",
@@ -383,6 +414,7 @@ def check_loss(
     Raises: ValueError for a combination that has no meaning.
     """
     names = [loss_type] if isinstance(loss_type, str) else list(loss_type)
+    listed = ", ".join(names)
     for name in names:
         if name not in LOSSES:
             raise ValueError(f"loss_type {name!r} is unknown: choose one of {', '.join(LOSSES)}")
@@ -392,26 +424,69 @@ def check_loss(
         raise ValueError(f"loss_weights has {len(loss_weights)} numbers for {len(names)} losses: give one for each")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing is {label_smoothing}: it must be at least 0 and below 0.5")
-    if label_smoothing and not set(names) & set(WITH_LABEL_SMOOTHING):
-        raise ValueError(f"label_smoothing has no meaning for loss_type {', '.join(names)}: set it to 0")
-    if f_divergence_type not in ("reverse_kl", "js_divergence", "alpha_divergence", "forward_kl"):
-        raise ValueError(
-            f"f_divergence_type {f_divergence_type!r} is unknown: choose reverse_kl, js_divergence, alpha_divergence "
-            "or forward_kl"
-        )
+    if label_smoothing and not set(names) & set(takers("label_smoothing")):
+        raise ValueError(f"label_smoothing has no meaning for loss_type {listed}: set it to 0")
+    if f_divergence_type not in F_DIVERGENCES:
+        raise ValueError(f"f_divergence_type {f_divergence_type!r} is unknown: choose {', '.join(F_DIVERGENCES)}")
     if f_divergence_type != "reverse_kl" and not set() < set(names) - {"sft"} <= set(WITH_F_DIVERGENCE):
+        owners = ", ".join(WITH_F_DIVERGENCE)
         raise ValueError(
-            f"f_divergence_type {f_divergence_type} has no meaning for loss_type {', '.join(names)}: it changes "
-            f"the log-ratios of {', '.join(WITH_F_DIVERGENCE)}"
+            f"f_divergence_type {f_divergence_type} has no meaning for loss_type {listed}: it is of {owners}"
         )
     if set(names) & set(OF_RANKINGS) and not set(names) <= {*OF_RANKINGS, "sft"}:
-        raise ValueError(
-            f"loss_type {', '.join(names)} mixes losses of rankings with losses of pairs: put {', '.join(OF_RANKINGS)} "
-            "together with each other or sft only"
-        )
-    if reference_free and set(names) <= set(WITHOUT_REFERENCE):
-        raise ValueError(f"loss_type {', '.join(names)} has no reference: leave out reference_free")
+        others = f"{', '.join(OF_RANKINGS)} go with each other and sft only"
+        raise ValueError(f"loss_type {listed} mixes losses of rankings with losses of pairs: {others}")
+    if reference_free and not set(names) & set(WITH_REFERENCE):
+        raise ValueError(f"loss_type {listed} has no reference: leave out reference_free")
     return names
+
+
+def check_tensors(names, rejected_logps, ref_chosen_logps, chosen_lengths, rejected_lengths, wpo_weights, rpo_alpha):
+    """Raises ValueError where the losses of these names and what they get do not fit. Needs: this whole file."""
+    listed = ", ".join(names)
+    if ref_chosen_logps is None and set(names) & set(WITH_REFERENCE):
+        raise ValueError(f"loss_type {listed} needs ref_chosen_logps and ref_rejected_logps, or reference_free")
+    if chosen_lengths is None and rpo_alpha is not None:
+        raise ValueError("rpo_alpha needs chosen_lengths: give them, or leave it out")
+    one_sided = (chosen_lengths is None) != (rejected_lengths is None)
+    if one_sided and set(names) & set(takers("rejected_lengths", "mean_h", "length_difference")):
+        raise ValueError(f"loss_type {listed} needs both chosen_lengths and rejected_lengths, or neither")
+    if wpo_weights is not None and set(names) & {*OVER_THE_BATCH, *OF_RANKINGS}:
+        raise ValueError(f"wpo_weights belong to pairs and loss_type {listed} does not: leave them out")
+    if rejected_logps.ndim > 1 and not set(names) & set(OF_RANKINGS):
+        shape, others = tuple(rejected_logps.shape), " or ".join(OF_RANKINGS)
+        raise ValueError(f"loss_type {listed} is for pairs and rejected_logps is {shape}: choose {others}")
+
+
+def in_float32(logps: torch.Tensor, ref_logps: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in float32 or wider: bfloat16 holds 8 bits, −300.0 and −301.0 are the same number there. None becomes 0."""
+    logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
+    return logps, torch.zeros_like(logps) if ref_logps is None else ref_logps.to(logps.dtype)
+
+
+def terms_of_ratios(w: torch.Tensor, l: torch.Tensor, chosen_lengths, rejected_lengths, **divergence) -> dict:
+    """What losses name that is made of log-ratios and lengths: {name: value, or a function that computes it on demand}.
+    w (B,); l (B,) or (B, K−1); lengths alike or None; divergence, the options of `f_derivative`, which it needs."""
+    f_w, f_l = f_derivative(w, **divergence), f_derivative(l, **divergence)  # by default w and l themselves
+    n_w, n_l = (1, 1) if chosen_lengths is None else (chosen_lengths, rejected_lengths)  # 1: means already
+    terms = {"w": w, "l": l, "batch_w": w, "batch_l": l, "chosen_lengths": n_w, "rejected_lengths": n_l}
+    terms["h"] = f_w - f_l if l.ndim == 1 else None
+    terms["mean_h"] = lambda: f_derivative(w / n_w, **divergence) - f_derivative(l / n_l, **divergence)
+    terms["length_difference"] = None if chosen_lengths is None else lambda: n_w - n_l
+    terms["ratios"] = lambda: torch.column_stack([f_w, f_l])  # (B, K)
+    if rejected_lengths is not None:
+        terms["mask"] = lambda: torch.column_stack([torch.ones_like(w), rejected_lengths]) > 0
+    return terms
+
+
+def arguments_of(name: str, terms: dict) -> dict:
+    """Those of the terms that a loss has as parameters. Raises: ValueError if one that it needs is missing."""
+    for needed, parameter in PARAMETERS[name].items():
+        if parameter.default is parameter.empty and terms.get(needed) is None:
+            needed = needed.replace("length_difference", "chosen_lengths and rejected_lengths")
+            raise ValueError(f"loss_type {name} needs {needed}, for each pair: give it, or take another loss")
+    values = {parameter: terms[parameter] for parameter in PARAMETERS[name] if parameter in terms}
+    return {parameter: value() if callable(value) else value for parameter, value in values.items()}
 
 
 def dpo_loss(
@@ -427,139 +502,64 @@ def dpo_loss(
     f_divergence_type: str = "reverse_kl",
     f_alpha_divergence_coef: float = 1.0,
     reference_free: bool = False,
-    discopop_tau: float = 0.05,
     rpo_alpha: float | None = None,
     chosen_lengths: torch.Tensor | None = None,
     rejected_lengths: torch.Tensor | None = None,
-    margins: torch.Tensor | None = None,
-    scores: torch.Tensor | None = None,
     wpo_weights: torch.Tensor | None = None,
-    bco_delta: float = 0.0,
-    simpo_gamma: float = 0.5,
-    orpo_lambda: float = 0.1,
-    cpo_alpha: float = 1.0,
-    dpop_lambda: float = 50.0,
-    r_dpo_alpha: float = 0.01,
-    chipo_clip: float = 10.0,
-    exo_beta_r: float = 1.0,
+    parts: dict[str, torch.Tensor] | None = None,
+    **options,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss of each pair and its two implicit rewards r = β log π/π_ref (DPO, section 5.1).
 
-    losses = Σ_i v weight_i L_i + rpo_alpha · (−log π(y_w|x)/|y_w|), v the pair's WPO weight; v = 1 where L_i is sft.
+    By default equation 7 of the paper, −log σ(β [log π/π_ref(y_w|x) − log π/π_ref(y_l|x)]). In general
+    Σ_i v weight_i L_i + rpo_alpha · (−log π(y_w|x)/|y_w|), with v the pair's WPO weight, which is 1 where L_i is sft.
 
     Args:
         chosen_logps, rejected_logps: (B,) float, log π(y|x) summed over completion tokens, nats. For the losses of
             OF_RANKINGS rejected_logps may be (B, K−1), best first, its rejected_lengths 0 where a row has fewer.
-        ref_chosen_logps, ref_rejected_logps: (B,) the same under the reference; may be None with reference_free and for
-            losses that have no reference.
-        loss_type: a key of LOSSES, or several, with their loss_weights (1 each by default).
-        beta: how strongly the policy is held to the reference.
-        label_smoothing: ε in [0, 0.5), the share of flipped labels, for the losses of WITH_LABEL_SMOOTHING.
-        f_divergence_type, f_alpha_divergence_coef: see `f_divergence_score`; for the losses of WITH_F_DIVERGENCE.
-        reference_free: take log π_ref = 0, a reference that likes all completions alike; in the rewards, too, where TRL
-            0.x subtracts a reference that it is given.
-        rpo_alpha: α of the RPO term, per pair; needs chosen_lengths.
-        chosen_lengths, rejected_lengths: (B,) completion tokens. Without them ipo, sigmoid_norm, simpo, orpo, cpo and
-            sft take log-probabilities that are per-token means already.
-        margins: (B,) the offset of odpo.
-        scores: (B, K) what a reward model gave to the completions, chosen first, for exo.
-        wpo_weights: (B,) v of `concatenated_forward`, min(1, exp(s_w + s_l)); multiplies the preference losses, neither
-            sft nor the RPO term.
-        bco_delta, discopop_tau, simpo_gamma, ...: of the loss that has it in its name.
+        ref_chosen_logps, ref_rejected_logps: the same under the reference; None for losses that have none.
+        loss_type, loss_weights: a key of LOSSES, or several with their weights (by default 1 each).
+        beta: how strongly the policy is held to the reference; label_smoothing: ε in [0, 0.5), the share of flipped
+            labels; f_divergence_type, f_alpha_divergence_coef: see `f_derivative`; rpo_alpha: α of the RPO term.
+        reference_free: take log π_ref = 0, in the rewards, too, where TRL 0.x subtracts a reference that it is given.
+        chosen_lengths, rejected_lengths: (B,) completion tokens. Without them the losses of per-token means take
+            log-probabilities that are means already.
+        wpo_weights: (B,) v of `concatenated_forward`, min(1, exp(s_w + s_l)).
+        parts: a dict that gets the losses of each part of a mixture, {name: (B,)}.
+        options: what else the losses name as parameters: discopop_tau, simpo_gamma, bco_delta, ..., the margins (B,) of
+            odpo and the scores (B, K) of exo, what a reward model gave to the completions, chosen first.
 
     Returns: (losses, chosen_rewards, rejected_rewards), each (B,) float32 (float64 stays); the rewards are detached,
         those of rejected completions have the shape of rejected_logps.
-    Raises: ValueError for an unknown loss or a combination that has no meaning (`check_loss`). Needs: this whole file.
+    Raises: ValueError for an unknown loss, a combination without meaning, something missing. Needs: this whole file.
     """
-    names = check_loss(
-        loss_type,
-        loss_weights=loss_weights,
-        label_smoothing=label_smoothing,
-        f_divergence_type=f_divergence_type,
-        reference_free=reference_free,
-    )
-    if "odpo" in names and margins is None:
-        raise ValueError("loss_type odpo needs a margin for each pair: add a column margin to the dataset")
-    if ref_chosen_logps is None and not reference_free and not set(names) <= set(WITHOUT_REFERENCE):
-        raise ValueError(
-            f"loss_type {', '.join(names)} needs ref_chosen_logps and ref_rejected_logps, or reference_free"
-        )
-    if chosen_lengths is None and (rpo_alpha is not None or "r_dpo" in names):
-        raise ValueError("rpo_alpha and loss_type r_dpo need chosen_lengths, r_dpo rejected_lengths, too")
-    if wpo_weights is not None and set(names) & {*OVER_THE_BATCH, *OF_RANKINGS}:
-        raise ValueError(f"wpo_weights belong to pairs and loss_type {', '.join(names)} does not: leave them out")
-    if rejected_logps.ndim > 1 and not set(names) & set(OF_RANKINGS):
-        raise ValueError(
-            f"loss_type {', '.join(names)} is for pairs and rejected_logps is {tuple(rejected_logps.shape)}: choose "
-            f"{' or '.join(OF_RANKINGS)}"
-        )
-    if scores is not None and "exo" in names and label_smoothing:
-        raise ValueError("label_smoothing has no meaning for loss_type exo where there are scores: set it to 0")
-    # bfloat16 holds 8 bits: −300.0 and −301.0 are the same number there. Subtract in float32 at least.
-    dtype = torch.promote_types(chosen_logps.dtype, torch.float32)
-    chosen_logps, rejected_logps = chosen_logps.to(dtype), rejected_logps.to(dtype)
-    if reference_free or ref_chosen_logps is None:
+    names = check_loss(loss_type, loss_weights, label_smoothing, f_divergence_type, reference_free)
+    if reference_free:
         ref_chosen_logps, ref_rejected_logps = torch.zeros_like(chosen_logps), torch.zeros_like(rejected_logps)
-    ref_chosen_logps, ref_rejected_logps = ref_chosen_logps.to(dtype), ref_rejected_logps.to(dtype)
-    w, l = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
-    w_length, l_length = (1, 1) if chosen_lengths is None else (chosen_lengths, rejected_lengths)
+    check_tensors(names, rejected_logps, ref_chosen_logps, chosen_lengths, rejected_lengths, wpo_weights, rpo_alpha)
+    chosen_logps, ref_chosen_logps = in_float32(chosen_logps, ref_chosen_logps)
+    rejected_logps, ref_rejected_logps = in_float32(rejected_logps, ref_rejected_logps)
+    w = chosen_logps - ref_chosen_logps  # log π/π_ref(y_w|x)
+    l = rejected_logps - ref_rejected_logps  # log π/π_ref(y_l|x); equation 7 is sigmoid_loss(h = w − l)
+
     divergence = {"f_divergence_type": f_divergence_type, "f_alpha_divergence_coef": f_alpha_divergence_coef}
-    w_score, l_score = f_divergence_score(w, **divergence), f_divergence_score(l, **divergence)
-    if set(names) & set(OF_RANKINGS):
-        ratios = torch.column_stack([w_score, l_score])  # (B, K)
-        mask = None
-        if rejected_lengths is not None:
-            mask = torch.column_stack([torch.ones_like(w), rejected_lengths]) > 0
-    else:
-        h = w_score - l_score
+    terms = {"chosen_logps": chosen_logps, "rejected_logps": rejected_logps}
+    terms |= {"batch_policy_h": lambda: chosen_logps - rejected_logps}
+    terms |= {"batch_ref_h": lambda: ref_chosen_logps - ref_rejected_logps}
+    terms |= {"beta": beta, "label_smoothing": label_smoothing}
+    terms |= terms_of_ratios(w, l, chosen_lengths, rejected_lengths, **divergence)
+    for option in options:
+        if option in terms or not takers(option):
+            raise TypeError(f"dpo_loss has no option {option!r}, nor has any loss a parameter of this name")
 
     losses = torch.zeros_like(w)
     for name, weight in zip(names, loss_weights or [1.0] * len(names), strict=True):
-        match name:
-            case "sigmoid" | "robust" | "exo_pair":
-                part = LOSSES[name](h, beta=beta, label_smoothing=label_smoothing)
-            case "hinge":
-                part = hinge_loss(h, beta=beta)
-            case "ipo":
-                means = f_divergence_score(w / w_length, **divergence) - f_divergence_score(l / l_length, **divergence)
-                part = ipo_loss(means, beta=beta)
-            case "discopop":
-                part = discopop_loss(h, beta=beta, discopop_tau=discopop_tau)
-            case "odpo":
-                part = odpo_loss(h, margins, beta=beta)
-            case "r_dpo":
-                part = r_dpo_loss(h, chosen_lengths, rejected_lengths, beta=beta, alpha=r_dpo_alpha)
-            case "nca_pair" | "sppo_hard" | "apo_zero" | "apo_down":
-                part = LOSSES[name](w, l, beta=beta)
-            case "bco_pair":
-                part = bco_pair_loss(w, l, beta=beta, delta=bco_delta)
-            case "dpop":
-                part = dpop_loss(w, l, beta=beta, dpop_lambda=dpop_lambda)
-            case "chipo":
-                part = chipo_loss(w, l, beta=beta, chipo_clip=chipo_clip)
-            case "aot":
-                policy_h, ref_h = chosen_logps - rejected_logps, ref_chosen_logps - ref_rejected_logps
-                part = aot_loss(policy_h, ref_h, beta=beta, label_smoothing=label_smoothing)
-            case "aot_pair" | "aot_unpaired":
-                part = aot_pair_loss(w, l, beta=beta, label_smoothing=label_smoothing)
-            case "sigmoid_norm":
-                part = sigmoid_norm_loss(w, l, w_length, l_length, beta=beta)
-            case "simpo":
-                part = simpo_loss(chosen_logps / w_length, rejected_logps / l_length, beta=beta, gamma=simpo_gamma)
-            case "orpo":
-                part = orpo_loss(chosen_logps / w_length, rejected_logps / l_length, orpo_lambda=orpo_lambda)
-            case "cpo":
-                part = cpo_loss(chosen_logps, rejected_logps, w_length, beta=beta, cpo_alpha=cpo_alpha)
-            case "plackett_luce":
-                part = plackett_luce_loss(ratios, beta=beta, mask=mask)
-            case "exo":
-                options = {"exo_beta_r": exo_beta_r, "label_smoothing": label_smoothing}
-                part = exo_loss(ratios, scores, beta=beta, mask=mask, **options)
-            case "sft":
-                part = sft_loss(chosen_logps, w_length)
+        part = LOSSES[name](**arguments_of(name, terms | options))
         if wpo_weights is not None and name != "sft":
             part = part * wpo_weights
+        if parts is not None:
+            parts[name] = part
         losses = losses + weight * part
     if rpo_alpha is not None:
-        losses = losses + rpo_alpha * sft_loss(chosen_logps, w_length)
+        losses = losses + rpo_alpha * sft_loss(chosen_logps, chosen_lengths)
     return losses, (beta * w).detach(), (beta * l).detach()

@@ -16,8 +16,8 @@ def load_model(name: str, *, dtype: str = "float32", revision: str = "main", **k
     """A causal language model by Hub name or directory; one that holds a PEFT adapter gives the base model with that
     adapter, trainable.
 
-    Args: dtype, of the weights. The default keeps them in float32: AdamW's updates at a learning rate of 1e-6 are too
-    small for bfloat16's 8 bits. revision, of name on the Hub. kwargs, of from_pretrained (None values are left out).
+    Args: dtype, of the weights (AdamW's updates at a learning rate of 1e-6 are too small for bfloat16's 8 bits);
+    revision, of name on the Hub; kwargs, of from_pretrained (None values are left out).
     Raises: ValueError in one line if there is no such model.
     """
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
@@ -54,13 +54,16 @@ def load_tokenizer(name: str, *, revision: str = "main", trust_remote_code: bool
     return tokenizer
 
 
-def learned_positions(model: torch.nn.Module) -> int | None:
-    """The longest sequence of a model that has an embedding for each position (GPT-2, OPT); None for all others."""
+def check_positions(model: torch.nn.Module, sets: list) -> None:
+    """Refuses tokenised rows that are longer than a model with an embedding for each position (GPT-2, OPT) can read."""
     config = getattr(model, "config", None)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
     tables = [m for name, m in model.named_modules() if re.search(r"wpe$|position", name.rpartition(".")[2])]
-    is_learned = any(isinstance(m, torch.nn.Embedding) and m.num_embeddings >= (limit or 0) for m in tables)
-    return limit if is_learned else None
+    if limit is None or not any(isinstance(m, torch.nn.Embedding) and m.num_embeddings >= limit for m in tables):
+        return
+    longest = max(max(rows["length"][:]) for rows in sets)
+    if longest > limit:
+        raise ValueError(f"rows have up to {longest} tokens, the model has {limit} positions: set max_length {limit}")
 
 
 def add_adapter(model: torch.nn.Module, peft_config) -> torch.nn.Module:
@@ -76,25 +79,17 @@ def add_adapter(model: torch.nn.Module, peft_config) -> torch.nn.Module:
 def disable_dropout(model: torch.nn.Module) -> None:
     """Sets every dropout probability of a model to 0: nn.Dropout's, and the numbers that attention layers and
     configurations hold. Dropout noise on one side of log π/π_ref would be noise in the reward. Adapters keep theirs."""
-    for path, module in model.named_modules():
-        if "lora_dropout" in path:
-            continue
+    modules = [module for path, module in model.named_modules() if "lora_dropout" not in path]
+    for module in modules:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        for holder in (module, getattr(module, "config", None)):
-            for name, value in list(vars(holder).items()) if holder is not None else ():
-                if "drop" in name and isinstance(value, float):
-                    setattr(holder, name, 0.0)
+    for holder in [*modules, *(module.config for module in modules if getattr(module, "config", None) is not None)]:
+        for name in [name for name, value in vars(holder).items() if "drop" in name and isinstance(value, float)]:
+            setattr(holder, name, 0.0)
 
 
 def make_optimizer(
-    model: torch.nn.Module,
-    *,
-    name: str = "adamw_torch",
-    learning_rate: float,
-    weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
+    model: torch.nn.Module, *, name="adamw_torch", learning_rate: float, weight_decay=0.0, betas=(0.9, 0.999), eps=1e-8
 ) -> torch.optim.Optimizer:
     """An optimizer over the parameters that train; biases and norms, all of one dimension, do not decay.
 
@@ -102,15 +97,11 @@ def make_optimizer(
     rmsprop (what the DPO paper used) or sgd; betas and eps are Adam's.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    if name == "rmsprop":
-        return torch.optim.RMSprop(groups, lr=learning_rate)
-    if name == "sgd":
-        return torch.optim.SGD(groups, lr=learning_rate)
+    if name in ("rmsprop", "sgd"):
+        return {"rmsprop": torch.optim.RMSprop, "sgd": torch.optim.SGD}[name](groups, lr=learning_rate)
     if name == "adamw_torch":
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
     try:

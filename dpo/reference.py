@@ -1,11 +1,60 @@
-"""log π_ref of a batch: from a frozen copy of the policy, or from a PEFT policy with its adapter switched off."""
+"""log π_ref of a batch, from a frozen copy of the policy, another model, the policy with its adapter off, or none."""
 
 import copy
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
 from dpo.logprobs import concatenated_forward
+
+
+@dataclass
+class Reference:
+    """π_ref, whatever stands behind it: `reference(batch)` gives (log π_ref(y_w|x), log π_ref(y_l|x)) of B pairs.
+
+    Args: policy, the model that trains; ref_model, a frozen one, or None: the policy with its adapter off is asked;
+    exists, False where there is none to ask: log π_ref = 0; ld_alpha as in `concatenated_forward`; sync_steps and
+    mixup_alpha, TR-DPO: move ref_model towards the policy every so many optimizer steps, 0 for never.
+    """
+
+    policy: torch.nn.Module
+    ref_model: torch.nn.Module | None = None
+    exists: bool = True
+    ld_alpha: float | None = None
+    sync_steps: int = 0
+    mixup_alpha: float = 1.0
+
+    def __call__(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.exists:
+            pairs = len(batch["tokens"])
+            zeros = torch.zeros(len(batch["lengths"]), device=batch["lengths"].device)
+            return zeros[:pairs], zeros[pairs:].unflatten(0, (-1, pairs)).T.squeeze(1)
+        return compute_ref_log_probs(batch, policy=self.policy, ref_model=self.ref_model, ld_alpha=self.ld_alpha)
+
+    def after_step(self, step: int) -> None:
+        """What an optimizer step, the step-th, does to the reference."""
+        if self.sync_steps and step % self.sync_steps == 0:
+            sync_reference(self.policy, self.ref_model, mixup_alpha=self.mixup_alpha)
+
+    @contextmanager
+    def model(self) -> Iterator[torch.nn.Module | None]:
+        """Inside, the model that answers as the reference does; None where there is none."""
+        asks_policy = self.exists and self.ref_model is None
+        with null_ref_context(self.policy) if asks_policy else nullcontext(self.ref_model) as model:
+            yield model
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What of it belongs into a checkpoint: the weights of a reference that moves; else it is made anew."""
+        if not self.sync_steps:
+            return {}
+        trained = {name for name, parameter in self.policy.named_parameters() if parameter.requires_grad}
+        return {name: value for name, value in self.ref_model.state_dict().items() if name in trained}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        if self.sync_steps:
+            self.ref_model.load_state_dict(state, strict=False)  # what it shares with the policy is not saved twice
 
 
 def frozen_copy(policy: torch.nn.Module) -> torch.nn.Module:
@@ -29,7 +78,6 @@ def adapter_starts_at_zero(policy: torch.nn.Module) -> bool:
 def null_ref_context(policy: torch.nn.Module):
     """Inside, a PEFT policy is its own reference: the adapter is off, the modules that train beside it
     (modules_to_save) are the original ones, dropout is off. Costs no memory for a second model."""
-    policy = getattr(policy, "module", policy)
     was_training = policy.training
     policy.eval()
     try:
@@ -41,7 +89,7 @@ def null_ref_context(policy: torch.nn.Module):
 
 @torch.no_grad()
 def compute_ref_log_probs(
-    batch: dict[str, torch.Tensor],
+    batch: dict,
     *,
     policy: torch.nn.Module | None = None,
     ref_model: torch.nn.Module | None = None,
@@ -50,16 +98,12 @@ def compute_ref_log_probs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log π_ref(y_w|x), log π_ref(y_l|x)), each (B,) float32, no gradient.
 
-    Args: ref_model, scored if given; otherwise policy, a PEFT model, is scored with its adapter off. padding_value and
-    ld_alpha as in `concatenated_forward`.
+    Args: ref_model, asked if given; otherwise policy, a PEFT model, with its adapter off. padding_value and ld_alpha as
+    in `concatenated_forward`.
     """
-    options = {"padding_value": padding_value, "ld_alpha": ld_alpha}
-    if ref_model is not None:
-        scores = concatenated_forward(ref_model, batch, **options)
-    else:
-        with null_ref_context(policy) as base:
-            scores = concatenated_forward(base, batch, **options)
-    return scores["chosen_logps"], scores["rejected_logps"]
+    with null_ref_context(policy) if ref_model is None else nullcontext(ref_model) as model:
+        result = concatenated_forward(model, batch, padding_value=padding_value, ld_alpha=ld_alpha)
+    return result["chosen_logps"], result["rejected_logps"]
 
 
 @torch.no_grad()

@@ -5,11 +5,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import yaml
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402 (after the backend that needs no screen)
+from huggingface_hub import ModelCardData
+from matplotlib.figure import Figure
 
 
 def append_row(path: Path, row: dict) -> None:
@@ -51,16 +49,17 @@ def describe_evaluation(row: dict) -> str:
         prefix = key.removesuffix("rewards/accuracies")
         if prefix != key:
             name = prefix.removeprefix("eval_").strip("_")
-            lines.append(
-                f"  step {row['step']}, held-out pairs{f' ({name})' if name else ''}: loss {row[prefix + 'loss']:.3f}, "
-                f"reward accuracy {accuracy:.3f}, margin {row[prefix + 'rewards/margins']:.3f}"
+            start = (
+                f"  step {row['step']}, held-out pairs{f' ({name})' if name else ''}: loss {row[prefix + 'loss']:.3f}"
             )
+            lines.append(f"{start}, reward accuracy {accuracy:.3f}, margin {row[prefix + 'rewards/margins']:.3f}")
     return "\n".join(lines)
 
 
 def plot_rewards(rows: list[dict], path: Path) -> None:
     """The reward graph: chosen, rejected and margin on the left, accuracy on the right; evaluations are dots."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")  # without pyplot: no screen, and a notebook keeps its own
+    left, right = figure.subplots(1, 2)
     for axes, names in ((left, ("margins", "chosen", "rejected")), (right, ("accuracies",))):
         for key in dict.fromkeys(key for row in rows for key in row):
             start, _, name = key.partition("rewards/")
@@ -76,7 +75,6 @@ def plot_rewards(rows: list[dict], path: Path) -> None:
     right.set_title("how often the chosen completion has the higher reward")
     right.set_ylim(0, 1.03)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def import_trackers(names: list[str] | None) -> dict:
@@ -94,79 +92,66 @@ def import_trackers(names: list[str] | None) -> dict:
 
 def open_trackers(modules: dict, *, run_name: str | None, output_dir: Path, config: dict) -> list[Callable]:
     """Functions that send a metrics row to each of the trackers of `import_trackers`."""
+
+    def to_tensorboard(row: dict) -> None:
+        for key, value in row.items():
+            writer.add_scalar(key, value, row["step"])
+        writer.flush()
+
     trackers = []
     for name, module in modules.items():
         if name == "tensorboard":
             writer = module.SummaryWriter(output_dir / "tensorboard")
-            trackers.append(lambda row, writer=writer: _write_scalars(writer, row))
+            trackers.append(to_tensorboard)
         else:
             module.init(project="dpo", name=run_name or output_dir.name, config=config)
             trackers.append(lambda row, module=module: module.log(row, step=row["step"]))
     return trackers
 
 
-def _write_scalars(writer, row: dict) -> None:
-    for key, value in row.items():
-        writer.add_scalar(key, value, row["step"])
-    writer.flush()
+CARD = """
+# {title}
+
+Model: {model}. Preference pairs: {dataset}. Trained with Direct Preference Optimization
+([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)).
+
+```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", model="{title}")
+print(chat([{{"role": "user", "content": "Hello!"}}], max_new_tokens=64)[0]["generated_text"][-1]["content"])
+```
+
+How it was trained stands in config.yaml, which runs it again.
+"""
 
 
 def create_model_card(
-    output_dir: Path,
-    *,
-    model_name: str | None = None,
-    dataset_name: str | None = None,
-    tags: str | list[str] | None = None,
-    rows: list[dict] = (),
-    options: dict | None = None,
-    adapter: bool = False,
+    output_dir: Path, *, model_name=None, dataset_name=None, tags=None, rows: list[dict] = (), adapter: bool = False
 ) -> Path:
-    """Writes README.md: what was trained from what, on what, how, and the last metrics.
+    """Writes README.md: what was trained from what, on what, and the last metrics.
 
-    Args: model_name, dataset_name, of the Hub or a path; tags beside dpo; rows, the run's metrics rows; options, those
-    worth telling; adapter, whether the directory holds a PEFT adapter.
+    Args: model_name, dataset_name, of the Hub or a path; tags, a text or a list, beside dpo; rows, the run's metrics
+    rows; adapter, whether the directory holds a PEFT adapter.
     """
-    tags = ["dpo", *([tags] if isinstance(tags, str) else tags or [])]
-    is_hub_name = [
-        bool(name) and name.count("/") <= 1 and not Path(name).exists() for name in (model_name, dataset_name)
-    ]
-    head = ["---", f"library_name: {'peft' if adapter else 'transformers'}"]
-    head += [f"base_model: {model_name}"] if is_hub_name[0] else []
-    head += ["datasets:", f"- {dataset_name}"] if is_hub_name[1] else []
-    head += ["tags:", *(f"- {tag}" for tag in tags), "---", ""]
-    title = f"# {output_dir.name}"
-    start = (
-        f"`{Path(model_name).name if Path(model_name).exists() else model_name}`" if model_name else "A language model"
+    on_hub = {
+        name: bool(name) and name.count("/") <= 1 and not Path(name).exists() for name in (model_name, dataset_name)
+    }
+    data = ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        base_model=model_name if on_hub[model_name] else None,
+        datasets=[dataset_name] if on_hub[dataset_name] else None,
+        tags=["dpo", *([tags] if isinstance(tags, str) else tags or [])],
     )
-    pairs = (
-        f"`{Path(dataset_name).name if Path(dataset_name).exists() else dataset_name}`"
-        if dataset_name
-        else "given pairs"
-    )
-    body = [
-        title,
-        "",
-        f"Model: {start}. Preference pairs: {pairs}. Trained with Direct Preference Optimization"
-        " ([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)).",
-        "",
-        "```python",
-        "from transformers import pipeline",
-        "",
-        f'chat = pipeline("text-generation", model="{output_dir.name}")',
-        'print(chat([{"role": "user", "content": "Hello!"}], max_new_tokens=64)[0]["generated_text"][-1]["content"])',
-        "```",
-        "",
-    ]
-    if options:
-        body += ["## Training", "", *(f"- {key}: {value}" for key, value in options.items()), ""]
-    last = {}
-    for row in rows:
-        last.update(row)
+    shown = [f"`{name if on_hub[name] else Path(name).name}`" if name else None for name in (model_name, dataset_name)]
+    words = {"model": shown[0] or "A language model", "dataset": shown[1] or "given pairs", "title": output_dir.name}
+    text = f"---\n{data.to_yaml()}\n---\n" + CARD.format(**words)
+    last = {key: value for row in rows for key, value in row.items()}
     if last:
-        body += ["## Last metrics", "", "| metric | value |", "|---|---|"]
-        body += [f"| {key} | {value:.6g} |" for key, value in last.items()]
+        text += "\n## Last metrics\n\n| metric | value |\n|---|---|\n"
+        text += "".join(f"| {key} | {value:.6g} |\n" for key, value in last.items())
     if (output_dir / "rewards.png").exists():
-        body += ["", "![rewards](rewards.png)"]
+        text += "\n![rewards](rewards.png)\n"
     path = output_dir / "README.md"
-    path.write_text("\n".join([*head, *body]) + "\n", encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path

@@ -1,113 +1,86 @@
 """Answers sampled from policy and reference side by side, shown, scored and kept: what the rewards mean in words."""
 
-import importlib
-import json
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import nullcontext
+from pkgutil import resolve_name
 
 import torch
 from tqdm.auto import tqdm
 
-from dpo.reference import null_ref_context
+from dpo import report
+from dpo.collate import DataCollatorForPreference
+from dpo.distributed import is_first
+from dpo.reference import Reference
 
 
 @torch.no_grad()
 def generate_from_model_and_ref(
-    model: torch.nn.Module,
-    batch: dict[str, torch.Tensor],
+    model,
+    batch: dict,
     processing_class,
     *,
-    ref_model: torch.nn.Module | None = None,
-    reference_free: bool = False,
+    reference: Reference | None = None,
     max_new_tokens: int = 128,
     seed: int = 0,
 ) -> tuple[list[str], list[str] | None]:
     """Samples an answer to each of B prompts from policy and reference, at temperature 1, from the whole vocabulary:
     what the model is, not what decoding makes of it.
 
-    Args: model, ref_model as in `compute_ref_log_probs`; batch, with prompt_input_ids left-padded, and their mask.
-    Returns: (B policy answers, B reference answers; None with reference_free). Random numbers come from seed alone.
+    Args: batch, of the plain layout: prompt_input_ids left-padded, and their mask. Every process takes part.
+    Returns: (B policy answers, B reference answers or None without a reference). Random numbers come from seed alone.
     """
     prompt = {"input_ids": batch["prompt_input_ids"], "attention_mask": batch["prompt_attention_mask"]}
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": max_new_tokens}
+    sampling["pad_token_id"] = processing_class.pad_token_id
 
     def sample(from_model) -> list[str]:
         with torch.random.fork_rng():  # the same noise for both, and none taken from the training's
             torch.manual_seed(seed)
-            ids = from_model.generate(
-                **prompt,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=processing_class.pad_token_id,
-            )
+            ids = from_model.generate(**prompt, **sampling)
         return processing_class.batch_decode(ids[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
     model.eval()
     answers = sample(model)
-    if reference_free:
-        return answers, None
-    if ref_model is not None:
-        return answers, sample(ref_model)
-    with null_ref_context(model) as base:
-        return answers, sample(base)
+    with reference.model() if reference is not None else nullcontext() as ref_model:
+        return answers, sample(ref_model) if ref_model is not None else None
 
 
 def sample_answers(
-    model: torch.nn.Module,
-    rows,
-    collator: Callable,
-    processing_class,
-    *,
-    reward: Callable[[str, str], float] | None = None,
-    batch_size: int = 8,
-    file: Path | None = None,
-    **options,
+    model, rows, processing_class, *, reward: Callable | None = None, batch_size: int = 8, file=None, **options
 ) -> dict[str, float]:
-    """Answers to the prompts of tokenised rows: prints the first few, appends all to file as JSON lines.
+    """Answers to the prompts of tokenised rows: the first process prints the first few and appends all to file.
 
-    Args: reward scores (prompt, answer), the answers' words alone where it likes; options of
-    `generate_from_model_and_ref`. Returns: the mean rewards, under metric names; empty without reward.
+    Args: reward rates an answer to a prompt; options of `generate_from_model_and_ref`.
+    Returns: the mean rewards, under metric names; empty without reward.
     """
-    samples = []
+    samples, collator = [], DataCollatorForPreference(pad_token_id=processing_class.pad_token_id or 0)
     for start in range(0, len(rows), batch_size):
         part = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
         batch = {key: value.to(model.device) for key, value in collator(part).items()}
         answers, references = generate_from_model_and_ref(model, batch, processing_class, **options)
         for i, row in enumerate(part):
             prompt = processing_class.decode(row["prompt_input_ids"], skip_special_tokens=True)
-            reference = {"reference": references[i]} if references else {}
-            samples.append({"prompt": prompt, **reference, "policy": answers[i]})
-    means = score_samples(samples, reward) if reward else {}
-    if file:
-        with file.open("a", encoding="utf-8") as out:
-            out.writelines(json.dumps(sample) + "\n" for sample in samples)
+            of_reference = {"reference": references[i]} if references else {}
+            samples.append({"prompt": prompt, **of_reference, "policy": answers[i]})
+    if not is_first():
+        return {}
+    for sample in samples if reward else ():
+        for who in {"reference", "policy"} & sample.keys():
+            sample[f"{who}_reward"] = float(reward(sample["prompt"], sample[who]))
+    rated = [f"{who}_reward" for who in ("reference", "policy") if f"{who}_reward" in samples[0]]
+    means = {key: sum(sample[key] for sample in samples) / len(samples) for key in rated}
+    for sample in samples if file else ():
+        report.append_row(file, sample)
     tqdm.write(describe_samples(samples, means))
     return {f"eval_samples/{key}": value for key, value in means.items()}
 
 
 def load_reward(name: str | None) -> Callable[[str, str], float] | None:
     """sample_reward's value, "module:function", as the function (prompt, answer) -> float."""
-    if name is None:
-        return None
-    module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
+        return resolve_name(name) if name else None
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"sample_reward {name!r}: {error}; write it module:function") from error
-
-
-def score_samples(samples: list[dict], reward: Callable[[str, str], float]) -> dict[str, float]:
-    """Adds policy_reward and reference_reward to each sample that has such an answer; returns the mean of each."""
-    means = {}
-    for who in ("reference", "policy"):
-        answered = [sample for sample in samples if who in sample]
-        for sample in answered:
-            sample[f"{who}_reward"] = float(reward(sample["prompt"], sample[who]))
-        if answered:
-            means[f"{who}_reward"] = sum(sample[f"{who}_reward"] for sample in answered) / len(answered)
-    return means
 
 
 def describe_samples(samples: list[dict], means: dict[str, float], *, shown: int = 3) -> str:
@@ -117,9 +90,9 @@ def describe_samples(samples: list[dict], means: dict[str, float], *, shown: int
         lines += ["", f"  prompt     {sample['prompt'].strip()}"]
         for who in ("reference", "policy"):
             if who in sample:
-                score = f"   [reward {sample[f'{who}_reward']:.2f}]" if means else ""
-                lines.append(f"  {who:9s}  {sample[who].strip()}{score}")
+                rating = f"   [reward {sample[f'{who}_reward']:.2f}]" if means else ""
+                lines.append(f"  {who:9s}  {sample[who].strip()}{rating}")
     if means:
-        told = ", ".join(f"{who.removesuffix('_reward')} {mean:.3f}" for who, mean in means.items())
-        lines += ["", f"  mean reward of {len(samples)} sampled answers: {told}"]
+        by_model = ", ".join(f"{who.removesuffix('_reward')} {mean:.3f}" for who, mean in means.items())
+        lines += ["", f"  mean reward of {len(samples)} sampled answers: {by_model}"]
     return "\n".join(lines) + "\n"

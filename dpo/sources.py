@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Features, Json, Value, load_dataset, load_dataset_builder, load_from_disk
 
-from dpo.data import check_row, first_line
+from dpo.data import canonical_row, first_line
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 
@@ -18,11 +18,9 @@ def load_preferences(
 ) -> dict:
     """Opens a preference dataset and returns its parts, {name for messages: Dataset}, in order.
 
-    Args:
-        source: a Hub name, a local .json/.jsonl/.parquet/.csv/.arrow file (.gz too), a directory of such files or one
-            that save_to_disk wrote, a datasets.Dataset or DatasetDict, or a list of dicts.
-        split, subset: which split and which configuration, where the source has several.
-
+    Args: source, a Hub name, a local .json/.jsonl/.parquet/.csv/.arrow file (.gz too), a directory of such files or one
+    that save_to_disk wrote, a datasets.Dataset or DatasetDict, or a list of dicts; split and subset (configuration),
+    where the source has several.
     Raises: ValueError if there is no such dataset or split, or a file cannot be read: names the file and the line.
     """
     if subset is not None and (not isinstance(source, str | os.PathLike) or Path(source).is_file()):
@@ -34,9 +32,8 @@ def load_preferences(
     if isinstance(source, list):
         return {"dataset": _from_list(source)}
     if not isinstance(source, str | os.PathLike):
-        raise ValueError(
-            f"a dataset is a name, a path, a datasets.Dataset or a list of dicts, not {type(source).__name__}"
-        )
+        kinds = "a name, a path, a datasets.Dataset or a list of dicts"
+        raise ValueError(f"a dataset is {kinds}, not {type(source).__name__}")
     path = Path(source).expanduser()
     if path.is_file():
         return {str(path): _read_file(path)}
@@ -56,10 +53,8 @@ def load_preferences(
     try:
         return {f"{source} ({split})": load_dataset(str(source), subset, split=split)}
     except Exception as error:
-        raise ValueError(
-            f"cannot load the dataset {str(source)!r}, split {split!r}, from the Hub (nor is it a file or directory "
-            f"here): {first_line(error)}"
-        ) from error
+        what = f"the dataset {str(source)!r}, split {split!r}, from the Hub (nor is it a file or directory here)"
+        raise ValueError(f"cannot load {what}: {first_line(error)}") from error
 
 
 def _pick_split(splits: dict, split: str, name: str | Path):
@@ -120,21 +115,19 @@ def _read_file(path: Path) -> Dataset:
 
 def _explain_json(path: Path) -> None:
     """Finds the line that a JSON reader for whole columns stumbled over, and raises ValueError with its number."""
-
-    def parse(text: str, number: int):
+    with _open_text(path) as file:
+        text = file.read()
+    is_array = _format(path) == ".json" and text.lstrip().startswith("[")  # one array over many lines
+    for number, line in enumerate([text] if is_array else text.split("\n"), start=1):
         try:
-            return json.loads(text)
+            row = json.loads(line) if line.strip() else None
+            if row is None or is_array:
+                continue
+            if not isinstance(row, dict):
+                raise ValueError("is not a JSON object")
+            canonical_row(row, allow_ties=True)
         except json.JSONDecodeError as error:
             where = f"{path}, line {number + error.lineno - 1}"
             raise ValueError(f"{where}: not valid JSON: {error.msg} at column {error.colno}: mend it") from error
-
-    with _open_text(path) as file:
-        text = file.read()
-    if _format(path) == ".json" and text.lstrip().startswith("["):  # one array over many lines
-        parse(text, 1)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        row = parse(line.rstrip(), number) if line.strip() else None
-        problem = check_row(row) if isinstance(row, dict) else row is not None and "is not a JSON object"
-        if problem:
-            raise ValueError(f"{path}, line {number}: {problem}: mend it")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}: mend it") from error

@@ -161,6 +161,7 @@ def run_profile(setup: dict) -> dict:
     import torch
 
     import dpo.loop
+    import dpo.reference
 
     clocks = {}
 
@@ -179,7 +180,7 @@ def run_profile(setup: dict) -> dict:
         setattr(holder, attribute, timed)
 
     clock("forward, policy and reference", dpo.loop, "get_batch_loss_metrics")
-    clock("of which reference", dpo.loop, "compute_ref_log_probs")
+    clock("of which reference", dpo.reference, "compute_ref_log_probs")
     clock("backward", torch.Tensor, "backward")
     clock("optimizer", torch.optim.AdamW, "step")
     clock("clipping", torch.nn.utils, "clip_grad_norm_")

@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: no test may wait for a network
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -95,7 +96,7 @@ def make_rankings(count: int, *, seed: int = 0, scores: bool = False) -> list[di
 
 def start(output_dir: Path, model=None, rows=None, eval_rows=None, **options):
     """A short run on the tiny model, every step logged; options are those of DPOConfig or arguments of `train`."""
-    names = ("callbacks", "compute_metrics", "optimizers", "peft_config", "ref_model")
+    names = ("callbacks", "compute_metrics", "data_collator", "optimizers", "peft_config", "ref_model")
     arguments = {name: options.pop(name) for name in names if name in options}
     defaults = {"learning_rate": 1e-3, "num_train_epochs": 1, "logging_steps": 1, "save_strategy": "no"}
     return train(
@@ -106,6 +107,25 @@ def start(output_dir: Path, model=None, rows=None, eval_rows=None, **options):
         processing_class=make_tokenizer(),
         **arguments,
     )
+
+
+def read(output_dir: Path) -> list[dict]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run_or_rows, key: str = "loss") -> list[float]:
+    """One metric over a run's rows, those without it left out."""
+    return [row[key] for row in getattr(run_or_rows, "rows", run_or_rows) if key in row]
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict, b: dict) -> bool:
+    """Whether two models' `weights` are equal to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture(scope="session")

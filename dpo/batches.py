@@ -1,0 +1,84 @@
+"""Which rows make up which optimizer step, and the loader that brings them as batches."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+
+from dpo.collate import padded_batch
+from dpo.distributed import World
+
+
+def epoch_windows(
+    lengths: list[int],
+    *,
+    batch_size: int,
+    accumulation: int = 1,
+    world_size: int = 1,
+    shuffle: bool = True,
+    seed: int = 0,
+    group_by_length: bool = False,
+    drop_last: bool = False,
+) -> list[list[list[list[int]]]]:
+    """Which rows train together: windows[optimizer step][micro-batch][rank] -> row indices.
+
+    A window holds the batch_size × accumulation × world_size pairs of one optimizer step, the same ones whatever the
+    factors: 8×1×1, 1×8×1 and 4×1×2 train alike. Inside it rows are sorted by length before they are cut into
+    micro-batches: its gradient, a sum, stays the same, the padding shrinks. The last window may be smaller (drop_last
+    leaves it out), and a rank may then get an empty list. lengths are tokens of each row; group_by_length makes windows
+    of similar length throughout (the gradient noise is then no longer independent of length).
+    """
+    window_size = batch_size * accumulation * world_size
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(lengths), generator=generator).tolist() if shuffle else list(range(len(lengths)))
+    if group_by_length:
+        pool = 50 * window_size  # sort within pools of 50 windows: short windows, long windows, yet random neighbours
+        pools = [order[i : i + pool] for i in range(0, len(order), pool)]
+        order = [row for rows in pools for row in sorted(rows, key=lambda row: lengths[row], reverse=True)]
+    windows = [order[i : i + window_size] for i in range(0, len(order), window_size)]
+    if len(windows[-1]) < window_size and drop_last:
+        windows.pop()
+    if group_by_length and shuffle:
+        windows = [windows[i] for i in torch.randperm(len(windows), generator=generator).tolist()]
+    plan = []
+    for window in windows:
+        if accumulation * world_size > 1:
+            window = sorted(window, key=lambda row: lengths[row], reverse=True)
+        step = batch_size * world_size
+        micro_batches = [window[i : i + step] for i in range(0, len(window), step)]
+        # Deal the rows out like cards: neighbours in length go to different ranks, which then take equally long.
+        plan.append([[micro[rank::world_size] for rank in range(world_size)] for micro in micro_batches])
+    return plan
+
+
+def load_windows(
+    rows: Dataset, windows: list, world: World, collator: Callable, *, num_workers: int = 0, prefetch_factor=None
+) -> Iterator[tuple[int, list[dict]]]:
+    """For each window its number of rows, over all ranks, and this rank's micro-batches, on its device.
+
+    A batch is as the collator makes it in the loader's worker (or made ready here, where a collator of the caller's
+    gives the plain layout), and knows its rows' numbers, `index`. Where a rank has no row, row 0 stands in, under the
+    number −1: every rank runs the same number of forward passes, or the others would wait for it.
+    """
+    loader = DataLoader(
+        rows,
+        batch_sampler=[micro[world.rank] or [0] for window in windows for micro in window],
+        collate_fn=collator,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor,
+        pin_memory=world.device.type == "cuda",
+        generator=torch.Generator(),  # its workers' seed would else be drawn from the numbers that dropout uses
+    )
+    batches = iter(loader)
+    for window in windows:
+        micro_batches = []
+        for micro, batch in zip(window, batches, strict=False):
+            batch = batch if "inputs" in batch else padded_batch(batch)
+            batch["index"], inputs = torch.tensor(micro[world.rank] or [-1]), batch.pop("inputs")
+            batch, inputs = (
+                {key: value.to(world.device, non_blocking=True) for key, value in some.items()}
+                for some in (batch, inputs)
+            )
+            micro_batches.append({"inputs": inputs, **batch})
+        yield sum(len(numbers) for micro in window for numbers in micro), micro_batches

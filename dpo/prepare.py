@@ -1,0 +1,330 @@
+"""Arguments and configuration become a Run: checked, with data, policy, reference, optimizer and schedule at hand."""
+
+import dataclasses
+import inspect
+import logging
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import datasets
+import torch
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import get_scheduler, set_seed
+
+from dpo import checkpoint, distributed, models, report, sampling
+from dpo.batches import epoch_windows
+from dpo.checkpoint import TrainingState
+from dpo.collate import NUMBERS, DataCollatorForPreference
+from dpo.config import DPOConfig, UserError
+from dpo.data import first_line, prepare_dataset
+from dpo.distributed import World
+from dpo.losses import OF_RANKINGS, PARAMETERS, WITH_REFERENCE, dpo_loss, takers
+from dpo.reference import Reference, adapter_starts_at_zero, frozen_copy
+from dpo.sources import load_preferences
+
+# Another value of these would be another run: it cannot go on from a checkpoint.
+EXACT_OPTIONS = "per_device_train_batch_size gradient_accumulation_steps learning_rate beta loss_type seed data_seed"
+logger = logging.getLogger("dpo")
+
+
+@dataclass
+class Run:
+    """A training run, ready to step; and what `train` returns. `prepare` fills it, from the top to the bottom."""
+
+    args: DPOConfig
+    world: World
+    output_dir: Path
+    compute_metrics: Callable | None = None
+    reward: Callable | None = None  # rates sampled answers
+    sources: dict[str, str] | None = None  # names of model and datasets, for config.yaml and the model card
+    processing_class: object = None
+    train_rows: datasets.Dataset | None = None
+    eval_sets: dict[str, datasets.Dataset] | None = None  # by name; that of a single one is empty
+    collator: Callable | None = None
+    model: torch.nn.Module | None = None  # the policy, as it is saved and sampled from
+    policy: torch.nn.Module | None = None  # the same, as it is laid out over the processes
+    reference: Reference | None = None
+    starts_equal: bool = False  # whether policy and reference must agree before the first step
+    steps_per_epoch: int = 0
+    total_steps: int = 0
+    optimizer: torch.optim.Optimizer | None = None
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    scaler: torch.amp.GradScaler | None = None
+    state: TrainingState = field(default_factory=TrainingState)
+    bar: tqdm | None = None
+    rows: list[dict] = field(default_factory=list)  # all metrics rows
+    receivers: list[Callable] = field(default_factory=list)  # of each new one
+
+
+def prepare(
+    model,
+    ref_model,
+    args: DPOConfig | None,
+    train_dataset,
+    eval_dataset,
+    processing_class,
+    data_collator,
+    peft_config,
+    callbacks,
+    optimizers,
+    compute_metrics,
+    model_init,
+) -> Run:
+    """The Run that the arguments of `dpo.loop.train` ask for; it goes on from a checkpoint where args say so.
+
+    Raises: UserError in one line for what cannot be done, before anything in output_dir is touched.
+    """
+    args = args or DPOConfig()
+    with user_errors():
+        world = distributed.setup(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout=args.ddp_timeout)
+        logger.setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
+        run = Run(args, world, Path(args.output_dir), compute_metrics)
+        wanted, overwrite = args.resume_from_checkpoint, args.overwrite_output_dir
+        resume = checkpoint.find_checkpoint(wanted, run.output_dir, overwrite=overwrite)
+        run.reward, trackers = sampling.load_reward(args.sample_reward), report.import_trackers(args.report_to)
+        set_seed(args.seed, deterministic=args.full_determinism)
+        if args.tf32 is not None:
+            torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
+
+        if model is None:
+            model = model_init() if model_init else args.model_name_or_path
+        model = str(model) if isinstance(model, Path) else model
+        name = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+        sources = {"model_name_or_path": name, "eval_dataset_name": eval_dataset}
+        sources["dataset_name"] = args.dataset_name if train_dataset is None else train_dataset
+        run.sources = {key: value for key, value in sources.items() if value and isinstance(value, str)}
+        check_arguments(model, ref_model, optimizers, processing_class or name, data_collator, args=args)
+        hub = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+        run.processing_class = processing_class or models.load_tokenizer(name, **hub)
+        run.train_rows, run.eval_sets = prepare_data(run, train_dataset, eval_dataset)
+        run.collator = data_collator or make_collator(run.processing_class, args=args)
+
+        # Models are built, then laid out over the processes, then given an optimizer.
+        run.model, run.reference, run.starts_equal = build_models(model, ref_model, peft_config, args=args)
+        models.check_positions(run.model, [run.train_rows, *run.eval_sets.values()])
+        set_seed(args.seed + world.rank, deterministic=args.full_determinism)  # each process its own dropout
+        unused = args.ddp_find_unused_parameters
+        run.policy = distributed.lay_out(run.model, world, trains=True, find_unused_parameters=unused)
+        if run.reference.ref_model is not None:
+            run.reference.ref_model = distributed.lay_out(run.reference.ref_model, world, trains=False)
+        run.steps_per_epoch, epochs = len(plan_epoch(run)), args.num_train_epochs
+        run.total_steps = args.max_steps if args.max_steps > 0 else math.ceil(epochs * run.steps_per_epoch)
+        run.optimizer, run.scheduler = make_optimizers(run, optimizers)
+        run.scaler = torch.amp.GradScaler(world.device.type, enabled=args.fp16)
+        if resume:
+            checkpoint.load_checkpoint(resume, world, **checkpointed(run))
+        open_outputs(run, trackers, callbacks or [])
+    return run
+
+
+@contextmanager
+def user_errors():
+    """Inside, a ValueError is taken to be about what the user gave: it becomes the cause of a UserError of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(first_line(error)) from error
+
+
+def check_arguments(model, ref_model, optimizers, tokenizer_source, data_collator, *, args: DPOConfig) -> None:
+    """Refuses arguments of `train` that contradict each other, before anything is loaded."""
+    if model is None:
+        raise UserError("there is no model: set model_name_or_path")
+    if not tokenizer_source:
+        raise UserError("a model that was not loaded from a name or path needs a processing_class, its tokenizer")
+    if not isinstance(model, str):
+        for option in ("dtype", "attn_implementation", "model_revision", "model_init_kwargs"):
+            if getattr(args, option) != getattr(DPOConfig(), option):
+                raise UserError(f"{option} does nothing for a model that is loaded already: leave it out")
+    if ref_model is model and not isinstance(model, str):
+        raise UserError("ref_model is the model itself, which will train: leave it out, or pass a copy")
+    if ref_model is not None and not needs_reference(args):
+        raise UserError(f"loss_type {args.loss_type} and reference_free have no use for a ref_model: leave it out")
+    if optimizers[1] is not None and optimizers[0] is None:
+        raise UserError("optimizers has a scheduler without its optimizer: pass both, or the optimizer alone")
+    if data_collator is not None and (args.layout != "auto" or args.padding_value is not None):
+        raise UserError("a data_collator has its own layout and padding: leave out layout and padding_value")
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+def prepare_data(run: Run, train_dataset, eval_dataset) -> tuple[datasets.Dataset, dict[str, datasets.Dataset]]:
+    """Tokenised training rows, and {name: tokenised rows} to evaluate on; the name of a single set is empty."""
+    args, subset = run.args, None
+    source = args.dataset_name if train_dataset is None else train_dataset
+    if source is None:
+        raise UserError("there is no training set: set dataset_name")
+    train_rows = prepare_rows(run, source, args.dataset_train_split, args.dataset_config)
+    if args.eval_strategy == "no":
+        return train_rows, {}
+    eval_dataset = args.eval_dataset_name if eval_dataset is None else eval_dataset
+    if eval_dataset is None:
+        if not isinstance(source, str) or Path(source).is_file():
+            raise UserError("eval_strategy needs something to evaluate on: set eval_dataset_name, or it to no")
+        eval_dataset, subset = source, args.dataset_config
+    sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    best = args.metric_for_best_model
+    if args.load_best_model_at_end and not any(best.startswith(f"eval_{label}") for label in sets):
+        raise UserError(f"metric_for_best_model {best} is of none of {', '.join(sets)}: name it eval_NAME_loss")
+    eval_sets = {name: prepare_rows(run, each, args.dataset_test_split, subset) for name, each in sets.items()}
+    if any(("scores" in rows.column_names) != ("scores" in train_rows.column_names) for rows in eval_sets.values()):
+        raise UserError("of the training and the evaluation set one has scores: exo takes them in both or none")
+    return train_rows, eval_sets
+
+
+def prepare_rows(run: Run, source, split: str, subset: str | None) -> datasets.Dataset:
+    """One dataset, tokenised, with the numbers of each row that the losses name as parameters."""
+    args, names, take_scores = run.args, set(loss_names(run.args)), set(takers("scores"))
+    parts = load_preferences(source, split=split, subset=subset)
+    with distributed.first_process_first(run.world):
+        rows = prepare_dataset(
+            parts,
+            run.processing_class,
+            max_prompt_length=args.max_prompt_length,
+            max_completion_length=args.max_completion_length,
+            max_length=args.max_length,
+            truncation_mode=args.truncation_mode,
+            ranked=bool(names & set(OF_RANKINGS)),
+            read_scores=bool(names & take_scores),
+            allow_ties=bool(names & take_scores) and names & set(OF_RANKINGS) <= take_scores,
+            skip_bad_rows=args.skip_bad_rows,
+            num_proc=args.dataset_num_proc,
+        )
+    where, scored = ", ".join(parts), "scores" in rows.column_names
+    for column, parameter in NUMBERS.items():
+        wanting = {name for name in names if (p := PARAMETERS[name].get(parameter)) and p.default is p.empty}
+        if wanting and column not in rows.column_names:
+            raise UserError(f"{where}: loss_type {min(wanting)} needs a number for each pair: add a column {column}")
+    if args.exo_beta_r != DPOConfig.exo_beta_r and not scored:
+        raise UserError(f"{where}: exo_beta_r does nothing without scores: leave it out, or add a column scores")
+    if args.label_smoothing and scored:
+        raise UserError(f"{where}: label_smoothing does nothing where rows have scores for exo: leave it out")
+    return rows
+
+
+def make_collator(processing_class, *, args: DPOConfig) -> DataCollatorForPreference:
+    """The collator of the layout asked for; auto is padded, which is exact for every model."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    padding_value = args.padding_value if args.padding_value is not None else tokenizer.pad_token_id or 0
+    return DataCollatorForPreference(padding_value, layout="padded" if args.layout == "auto" else args.layout)
+
+
+def plan_epoch(run: Run, epoch: int = 0) -> list:
+    """The windows of an epoch: which rows make up which optimizer step (see `epoch_windows`)."""
+    args = run.args
+    windows = epoch_windows(
+        run.train_rows["length"][:],
+        batch_size=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        world_size=run.world.size,
+        shuffle=args.shuffle,
+        seed=(args.seed if args.data_seed is None else args.data_seed) + epoch,
+        group_by_length=args.group_by_length,
+        drop_last=args.dataloader_drop_last,
+    )
+    if not windows:
+        raise UserError("dataloader_drop_last leaves no batch: the training set is smaller than one")
+    return windows
+
+
+# ------------------------------------------------------------------------------------- models, optimizer, what is left
+
+
+def build_models(model, ref_model, peft_config, *, args: DPOConfig) -> tuple[torch.nn.Module, Reference, bool]:
+    """The policy, its reference, and whether they must agree before the first step."""
+    common = {"dtype": args.dtype, "attn_implementation": args.attn_implementation}
+    common["trust_remote_code"] = args.trust_remote_code
+    if isinstance(model, str):
+        model = models.load_model(model, **{**common, "revision": args.model_revision, **args.model_init_kwargs})
+    if args.disable_dropout:
+        models.disable_dropout(model)
+    if args.use_peft and peft_config is None:
+        peft_config = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+        peft_config |= {"target_modules": args.lora_target_modules, "modules_to_save": args.lora_modules_to_save}
+    if peft_config is not None:
+        model = models.add_adapter(model, peft_config)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False, **args.gradient_checkpointing_kwargs})
+
+    ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
+    given, exists = ref_model is not None, needs_reference(args)
+    if not exists:
+        ref_model = None
+    elif isinstance(ref_model, str):
+        ref_model = models.load_model(ref_model, **{**common, **args.ref_model_init_kwargs})
+    elif not given:
+        own = isinstance(model, PeftModel) and adapter_starts_at_zero(model) and not args.sync_ref_model
+        ref_model = None if own else frozen_copy(model)
+    if ref_model is not None:
+        ref_model.eval().requires_grad_(False)
+    if args.torch_compile:
+        options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+        for each in (model,) if ref_model is None else (model, ref_model):
+            each.compile(**{key: value for key, value in options.items() if value is not None})
+    sync = {"sync_steps": args.ref_model_sync_steps, "mixup_alpha": args.ref_model_mixup_alpha}
+    reference = Reference(model, ref_model, exists, args.ld_alpha, **(sync if args.sync_ref_model else {}))
+    return model, reference, args.disable_dropout and exists and not given
+
+
+def make_optimizers(run: Run, optimizers: tuple) -> tuple:
+    """(optimizer, learning-rate scheduler): the caller's, or those of the options."""
+    args, (optimizer, scheduler) = run.args, optimizers
+    if optimizer is None:
+        adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+        rates = {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
+        optimizer = models.make_optimizer(run.model, name=args.optim, **rates, **adam)
+    if scheduler is None:
+        warmup = args.warmup_steps or math.ceil(args.warmup_ratio * run.total_steps)
+        kwargs = args.lr_scheduler_kwargs
+        scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, run.total_steps, kwargs)
+    return optimizer, scheduler
+
+
+def checkpointed(run: Run) -> dict:
+    """What a checkpoint keeps of a run, as `save_checkpoint` and `load_checkpoint` name it."""
+    stateful = {key: getattr(run, key) for key in ("optimizer", "scheduler", "scaler", "reference")}
+    same_run = {"rows": len(run.train_rows), "steps": run.total_steps, "processes": run.world.size}
+    same_run |= {option: getattr(run.args, option) for option in EXACT_OPTIONS.split()}
+    return {"model": run.model, "state": run.state, "stateful": stateful, "same_run": same_run}
+
+
+def open_outputs(run: Run, trackers: dict, callbacks: list[Callable]) -> None:
+    """Opens what the run writes to, in the first process: metrics.jsonl, config.yaml, trackers, the progress bar."""
+    args, step, output_dir = run.args, run.state.step, run.output_dir
+    disable = args.disable_tqdm or run.world.rank > 0
+    run.bar = tqdm(total=run.total_steps, initial=step, desc="DPO", disable=disable)
+    if run.world.rank > 0:
+        return
+    checkpoint.clear_output(output_dir, step=step)
+    options = report.write_config(output_dir, {**dataclasses.asdict(args), **run.sources})
+    run.rows = report.read_rows(output_dir / "metrics.jsonl", up_to_step=step)
+    trackers = report.open_trackers(trackers, run_name=args.run_name, output_dir=output_dir, config=options)
+    run.receivers = [partial(report.append_row, output_dir / "metrics.jsonl"), *trackers, *callbacks]
+    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * run.world.size
+    logger.info("%d rows, %d steps of %d rows", len(run.train_rows), run.total_steps, pairs)
+
+
+# ------------------------------------------------------------------------------------------ what options mean together
+
+
+def loss_names(args: DPOConfig) -> list[str]:
+    return [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
+
+
+def needs_reference(args: DPOConfig) -> bool:
+    return not args.reference_free and bool(set(loss_names(args)) & set(WITH_REFERENCE))
+
+
+def loss_options(args: DPOConfig, state: TrainingState) -> dict:
+    """The options that dpo_loss, or one of the chosen losses, has as parameters."""
+    wanted = set(inspect.signature(dpo_loss).parameters).union(*(PARAMETERS[name] for name in loss_names(args)))
+    options = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name in wanted}
+    return options | ({"bco_delta": state.bco_delta} if "bco_delta" in wanted else {})
