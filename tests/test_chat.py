@@ -1,102 +1,132 @@
 """Talking to a model in the terminal: history, /reset, /quit, one shot, adapters, models without template."""
 
 import io
+import shlex
 
 import pytest
 import torch
-from conftest import make_model, make_rows, make_tokenizer
+from conftest import make_model, make_rows, make_tokenizer, start
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 from dpo import chat
-from dpo.config import DPOConfig
-from dpo.loop import train
+
+
+def talk(monkeypatch, model_dir, arguments: str = "", said: str = "") -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    chat.main(["--model_name_or_path", str(model_dir), *shlex.split(arguments)])
 
 
 @pytest.fixture
-def answers(monkeypatch):
-    """Replaces the model's answer by "answer N" and keeps the conversations that it was asked."""
-    asked = []
+def asked(monkeypatch) -> list[tuple[str, dict]]:
+    """Lets every model answer "red"; keeps the prompts that it was asked, and how."""
+    tokenizer, asked = make_tokenizer(), []
 
-    def answer(model, tokenizer, messages, sampling):
-        asked.append(([f"{m['role']}: {m['content']}" for m in messages], sampling))
-        return f"answer {len(asked)}"
+    def generate(model, input_ids, **options):
+        asked.append((tokenizer.decode(input_ids[0]), {**options, "dtype": model.dtype}))
+        if "stop here" in asked[-1][0]:
+            raise KeyboardInterrupt
+        return torch.cat([input_ids, torch.tensor([tokenizer("red<|im_end|>")["input_ids"]])], dim=1)
 
-    monkeypatch.setattr(chat, "answer", answer)
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
     return asked
 
 
-def talk(monkeypatch, model_dir, said: str, *arguments: str) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(said))
-    chat.main(["--model_name_or_path", str(model_dir), *arguments])
+def rendered(*messages: str) -> str:
+    """Messages "role: content" as the chat template renders them, with the start of an answer."""
+    turns = (f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in (m.split(": ") for m in messages))
+    return "".join(turns) + "<|im_start|>assistant\n"
 
 
-def test_the_conversation_is_remembered_until_reset(model_dir, answers, monkeypatch, capsys):
-    talk(monkeypatch, model_dir, "one\ntwo\n\n/reset\nthree\n/help\n/quit\nfour\n", "--system_prompt", "Be brief.")
-    assert [messages for messages, _ in answers] == [
-        ["system: Be brief.", "user: one"],
-        ["system: Be brief.", "user: one", "assistant: answer 1", "user: two"],
-        ["system: Be brief.", "user: three"],
+def test_the_conversation_is_remembered_until_reset(model_dir, asked, monkeypatch, capsys):
+    talk(monkeypatch, model_dir, "--system_prompt 'Be brief.'", "one\ntwo\n\n/reset\nthree\n/help\n/quit\nfour\n")
+    assert [prompt for prompt, _ in asked] == [
+        rendered("system: Be brief.", "user: one"),
+        rendered("system: Be brief.", "user: one", "assistant: red", "user: two"),
+        rendered("system: Be brief.", "user: three"),
     ]
     assert capsys.readouterr().out.count("/reset forgets") == 2  # at the start, and for a command that is none
 
 
-def test_the_end_of_input_ends_it(model_dir, answers, monkeypatch):
-    talk(monkeypatch, model_dir, "one")
-    assert len(answers) == 1
+def test_a_question_goes_with_its_answer_that_was_cut_short(model_dir, asked, monkeypatch, capsys):
+    talk(monkeypatch, model_dir, "", "one\nstop here\ntwo")  # and the end of input ends it
+    assert [prompt for prompt, _ in asked][1:] == [
+        rendered("user: one", "assistant: red", "user: stop here"),
+        rendered("user: one", "assistant: red", "user: two"),
+    ]
+    assert "(stopped)" in capsys.readouterr().out
 
 
-def test_sampling_options_reach_the_model(model_dir, answers, monkeypatch):
-    talk(monkeypatch, model_dir, "", "--prompt", "hi", "--temperature", "0", "--max_new_tokens", "5")
-    talk(monkeypatch, model_dir, "", "--prompt", "hi", "--temperature", "0.5", "--top_p", "0.8")
-    assert answers[0][1] == {"do_sample": False, "max_new_tokens": 5}
-    assert answers[1][1] == {"do_sample": True, "max_new_tokens": 256, "temperature": 0.5, "top_p": 0.8, "top_k": 0}
-
-
-def test_one_shot_prints_what_the_model_says_and_greedy_equals_generate(model_dir, capsys):
-    chat.main(
-        ["--model_name_or_path", str(model_dir), "--prompt", "the sky", "--temperature", "0", "--max_new_tokens", "6"]
+def test_options_reach_the_model(model_dir, asked, monkeypatch):
+    talk(monkeypatch, model_dir, "--prompt hi --temperature 0 --max_new_tokens 5")
+    talk(
+        monkeypatch, model_dir, "--prompt hi --system_prompt 'Be brief.' --temperature 0.5 --top_p 0.8 --dtype float16"
     )
+    assert [prompt for prompt, _ in asked] == [rendered("user: hi"), rendered("system: Be brief.", "user: hi")]
+    expected = (
+        {"do_sample": False, "max_new_tokens": 5, "dtype": torch.float32},
+        {
+            "do_sample": True,
+            "max_new_tokens": 256,
+            "temperature": 0.5,
+            "top_p": 0.8,
+            "top_k": 0,
+            "dtype": torch.float16,
+        },
+    )
+    for (_, options), wanted in zip(asked, expected, strict=True):
+        assert {key: options[key] for key in wanted} == wanted
+        assert ("temperature" in options) == options["do_sample"]
+
+
+def test_code_that_comes_with_a_model_is_trusted_only_if_the_user_says_so(model_dir, asked, monkeypatch):
+    trusted = []
+    for loader in (AutoModelForCausalLM, AutoTokenizer):
+
+        def spy(name, load=loader.from_pretrained, **options):
+            trusted.append(options.pop("trust_remote_code"))
+            return load(name, **options)
+
+        monkeypatch.setattr(loader, "from_pretrained", spy)
+    talk(monkeypatch, model_dir, "--prompt hi")
+    talk(monkeypatch, model_dir, "--prompt hi --trust_remote_code")
+    assert trusted == [False, False, True, True]
+
+
+def test_one_shot_prints_what_the_model_says_and_greedy_equals_generate(model_dir, monkeypatch, capsys):
+    talk(monkeypatch, model_dir, "--prompt 'the sky' --temperature 0 --max_new_tokens 6")
     tokenizer, model = make_tokenizer(), make_model()
-    text = "<|im_start|>user\nthe sky<|im_end|>\n<|im_start|>assistant\n"
-    ids = tokenizer(text, return_tensors="pt")
+    ids = tokenizer(rendered("user: the sky"), return_tensors="pt")
     out = model.generate(**ids, do_sample=False, max_new_tokens=6, pad_token_id=0, eos_token_id=tokenizer.eos_token_id)
     expected = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     assert capsys.readouterr().out.strip() == expected.strip()
 
 
-def test_an_answer_cut_short_is_forgotten(model_dir, monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
+def test_seed_decides_what_is_sampled(model_dir, monkeypatch, capsys):
+    said = []
+    for seed in (1, 1, 2):
+        talk(monkeypatch, model_dir, f"--prompt 'the sky' --temperature 1 --max_new_tokens 6 --seed {seed}")
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
 
-    monkeypatch.setattr(chat, "answer", interrupted)
-    talk(monkeypatch, model_dir, "one\n/quit\n")
-    assert "(stopped)" in capsys.readouterr().out
 
-
-def test_it_talks_through_a_trained_adapter(model_dir, tmp_path, capsys):
-    options = {"learning_rate": 0.05, "max_steps": 2, "save_strategy": "no", "disable_tqdm": True, "use_peft": True}
-    args = DPOConfig(model_name_or_path=str(model_dir), output_dir=str(tmp_path), **options)
-    train(args=args, train_dataset=make_rows(16, conversational=True))
+def test_it_talks_through_a_trained_adapter(model_dir, tmp_path, monkeypatch, capsys):
+    rows = make_rows(16, conversational=True)
+    start(tmp_path, str(model_dir), rows, learning_rate=0.05, max_steps=2, use_peft=True)
     said = []
     for model in (tmp_path, model_dir):
         capsys.readouterr()
-        chat.main(
-            ["--model_name_or_path", str(model), "--prompt", "sky", "--temperature", "0", "--max_new_tokens", "12"]
-        )
+        talk(monkeypatch, model, "--prompt sky --temperature 0 --max_new_tokens 12")
         said.append(capsys.readouterr().out)
     assert said[0] != said[1]
 
 
-def test_a_model_without_template_goes_on_from_the_text(tmp_path, capsys):
+def test_a_model_without_template_goes_on_from_the_text(tmp_path, monkeypatch, asked):
     make_model().save_pretrained(tmp_path)
     make_tokenizer(chat_template=None).save_pretrained(tmp_path)
-    chat.main(
-        ["--model_name_or_path", str(tmp_path), "--prompt", "the sky", "--temperature", "0", "--max_new_tokens", "4"]
-    )
-    with torch.no_grad():
-        first = make_model()(**make_tokenizer()("the sky", return_tensors="pt")).logits[0, -1].argmax()
-    assert capsys.readouterr().out.strip().startswith(make_tokenizer().decode(first).strip())
+    talk(monkeypatch, tmp_path, "--prompt 'the sky'")
+    assert asked[0][0] == "the sky"
 
 
-def test_an_unknown_model_is_one_line(tmp_path):
+def test_an_unknown_model_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="^error: cannot load the model .*nowhere"):
-        chat.main(["--model_name_or_path", str(tmp_path / "nowhere"), "--prompt", "hi"])
+        talk(monkeypatch, tmp_path / "nowhere", "--prompt hi")

@@ -1,21 +1,29 @@
-"""Collation: the document's example to the letter, layouts against a brute-force loop, and the plan of an epoch."""
+"""Collation: the document's example to the letter, what a model reads against a loop, and the plan of an epoch."""
+
+from types import SimpleNamespace
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo.collate import DataCollatorForPreference, concatenated_inputs, epoch_windows, padded_inputs
+from dpo.batches import epoch_windows
+from dpo.collate import DataCollatorForPreference, concatenated_inputs
+from dpo.logprobs import concatenated_forward
 
 EXAMPLES = [
     {"prompt_input_ids": [1, 2, 3], "chosen_input_ids": [4, 5], "rejected_input_ids": [6]},
     {"prompt_input_ids": [7, 8], "chosen_input_ids": [9, 10], "rejected_input_ids": [11, 12, 13]},
 ]
 ids = st.lists(st.integers(0, 50), min_size=1, max_size=7)
-pairs = st.lists(
-    st.fixed_dictionaries({f"{part}_input_ids": ids for part in ("prompt", "chosen", "rejected")}),
-    min_size=1,
-    max_size=5,
-)
+
+
+def tokenised_rows(rejected):
+    """One to five rows, with what this strategy makes as their rejected completions."""
+    parts = {"prompt_input_ids": ids, "chosen_input_ids": ids, "rejected_input_ids": rejected}
+    return st.lists(st.fixed_dictionaries(parts), min_size=1, max_size=5)
+
+
+pairs, rankings = tokenised_rows(ids), tokenised_rows(st.lists(ids, min_size=1, max_size=3))
 
 
 def test_collator_gives_the_documents_example():
@@ -41,64 +49,39 @@ def test_concatenated_inputs_stacks_chosen_over_rejected_as_documented():
     assert joined["completion_attention_mask"].tolist() == [[1, 1, 0], [1, 1, 0], [1, 0, 0], [1, 1, 1]]
 
 
-@given(pairs, st.integers(0, 50))
-def test_padded_rows_are_prompt_then_completion_and_score_each_completion_token_once(rows, pad_id):
-    batch = DataCollatorForPreference(pad_token_id=pad_id)(rows)
-    inputs = padded_inputs(concatenated_inputs(batch, pad_id), pad_id)
-    sequences = [
-        (row["prompt_input_ids"], row[key]) for key in ("chosen_input_ids", "rejected_input_ids") for row in rows
-    ]
-    longest = max(len(prompt) + len(completion) for prompt, completion in sequences)
-    targets, owner = [], []
-    assert inputs["input_ids"].shape == (2 * len(rows), longest)
-    for i, (prompt, completion) in enumerate(sequences):
-        text, padding = prompt + completion, longest - len(prompt) - len(completion)
-        assert inputs["input_ids"][i].tolist() == text + [pad_id] * padding
-        assert inputs["attention_mask"][i].tolist() == [1] * len(text) + [0] * padding
-        # The token at position t is predicted at position t − 1.
-        predicting = [len(prompt) <= t + 1 < len(text) for t in range(longest)]
-        assert inputs["logits_to_keep"][i].tolist() == predicting
-        targets += completion
-        owner += [i] * len(completion)
-    assert inputs["targets"].tolist() == targets
-    assert inputs["owner"].tolist() == owner
-    assert inputs["lengths"].tolist() == [len(completion) for _, completion in sequences]
-    read = [len(p) + len(c) for p, c in sequences]
-    assert inputs["tokens"].tolist() == [read[i] + read[i + len(rows)] for i in range(len(rows))]
+class Reader(torch.nn.Module):
+    """Keeps what a model is given to read, and says nothing about it."""
+
+    def forward(self, input_ids, attention_mask, logits_to_keep, use_cache):
+        self.rows = list(zip(input_ids.tolist(), attention_mask.tolist(), logits_to_keep.tolist(), strict=True))
+        return SimpleNamespace(logits=torch.zeros(int(logits_to_keep.sum()), 51))
 
 
-rankings = st.lists(
-    st.fixed_dictionaries(
-        {"prompt_input_ids": ids, "chosen_input_ids": ids, "rejected_input_ids": st.lists(ids, min_size=1, max_size=3)}
-    ),
-    min_size=1,
-    max_size=4,
-)
-
-
-@given(rankings, st.integers(0, 50))
-def test_rankings_are_stacked_by_rank_and_missing_completions_are_not_read(rows, pad_id):
-    batch = DataCollatorForPreference(pad_token_id=pad_id)(rows)
-    most = max(len(row["rejected_input_ids"]) for row in rows)
-    longest = max(len(completion) for row in rows for completion in row["rejected_input_ids"])
-    assert batch["rejected_input_ids"].shape == batch["rejected_attention_mask"].shape == (len(rows), most, longest)
-    inputs = padded_inputs(concatenated_inputs(batch, pad_id), pad_id, 1 + most)
+@given(pairs | rankings, st.integers(0, 50))
+def test_a_model_reads_each_prompt_and_completion_once_and_predicts_the_completions_tokens(rows, pad_id):
+    """The chosen ones first, then the rejected ones by rank; where a row ranks fewer than others, nothing is read."""
+    model = Reader()
+    batch = DataCollatorForPreference(pad_token_id=pad_id, layout="padded")(rows)
+    result = concatenated_forward(model, batch)
+    rejected = [row["rejected_input_ids"] for row in rows]
+    rejected = [each if isinstance(each[0], list) else [each] for each in rejected]
     sequences = [(row["prompt_input_ids"], row["chosen_input_ids"]) for row in rows]
-    for rank in range(most):
-        for row in rows:
-            there = rank < len(row["rejected_input_ids"])
-            sequences.append((row["prompt_input_ids"], row["rejected_input_ids"][rank] if there else []))
-    there = [i for i, (_, completion) in enumerate(sequences) if completion]
-    assert len(inputs["input_ids"]) == len(there)  # the model reads no prompt for nothing
-    for at, i in enumerate(there):
-        prompt, completion = sequences[i]
-        read = inputs["input_ids"][at][inputs["attention_mask"][at].bool()]
-        assert read.tolist() == prompt + completion
-        assert inputs["targets"][inputs["owner"] == i].tolist() == completion
-        assert (inputs["owner"] == i).sum() == inputs["logits_to_keep"][at].sum() == len(completion)
-    assert inputs["lengths"].tolist() == [len(completion) for _, completion in sequences]
-    read = [len(p) + len(c) if c else 0 for p, c in sequences]
-    assert inputs["tokens"].tolist() == [sum(read[i :: len(rows)]) for i in range(len(rows))]
+    for rank in range(max(map(len, rejected))):
+        for row, completions in zip(rows, rejected, strict=True):
+            sequences.append((row["prompt_input_ids"], completions[rank] if rank < len(completions) else []))
+    longest = max(len(prompt + completion) for prompt, completion in sequences if completion)
+    expected = []
+    for prompt, completion in sequences:
+        text, padding = prompt + completion, longest - len(prompt + completion)
+        predicting = [len(prompt) <= t + 1 < len(text) for t in range(longest)]  # position t predicts token t + 1
+        if completion:
+            expected.append((text + [pad_id] * padding, [1] * len(text) + [0] * padding, predicting))
+    assert model.rows == expected
+    by_rank = torch.tensor([len(completion) for _, completion in sequences]).unflatten(0, (-1, len(rows)))
+    assert result["chosen_lengths"].tolist() == by_rank[0].tolist()
+    assert result["rejected_lengths"].reshape(len(rows), -1).tolist() == by_rank[1:].mT.tolist()
+    read = [len(prompt + completion) if completion else 0 for prompt, completion in sequences]
+    assert batch["tokens"].tolist() == [sum(read[i :: len(rows)]) for i in range(len(rows))]
 
 
 def test_scores_are_padded_like_the_completions_they_belong_to():
@@ -140,10 +123,11 @@ def test_the_same_pairs_make_a_step_however_they_are_cut(plan):
     size = plan["batch_size"] * plan["accumulation"] * plan["world_size"]
     whole = epoch_windows(**{**plan, "batch_size": size, "accumulation": 1, "world_size": 1})
     cut = epoch_windows(**plan)
-    as_sets = [
-        [{row for micro in window for rank in micro for row in rank} for window in windows] for windows in (whole, cut)
-    ]
-    assert as_sets[0] == as_sets[1]
+
+    def steps(windows) -> list[set[int]]:
+        return [{row for micro in window for rank in micro for row in rank} for window in windows]
+
+    assert steps(whole) == steps(cut)
 
 
 def test_rows_keep_their_order_without_shuffling_and_change_it_with_the_seed():
@@ -160,11 +144,21 @@ def test_drop_last_leaves_out_the_smaller_window():
     assert epoch_windows([1] * 3, batch_size=4, drop_last=True) == []
 
 
-def test_grouping_by_length_saves_padding():
+def test_grouping_by_length_saves_padding_and_takes_the_windows_in_random_order():
     lengths = torch.randint(1, 200, (400,), generator=torch.Generator().manual_seed(0)).tolist()
 
-    def padding(**options) -> int:
-        windows = epoch_windows(lengths, batch_size=8, seed=0, **options)
-        return sum(max(lengths[i] for i in w[0][0]) * len(w[0][0]) - sum(lengths[i] for i in w[0][0]) for w in windows)
+    def plan(seed: int = 0, **options) -> list[list[int]]:
+        return [window[0][0] for window in epoch_windows(lengths, batch_size=8, seed=seed, **options)]
 
-    assert padding(group_by_length=True) < padding() / 4
+    def padding(windows) -> int:
+        return sum(max(lengths[i] for i in rows) - lengths[row] for rows in windows for row in rows)
+
+    def longest(windows) -> list[int]:
+        return [max(lengths[i] for i in rows) for rows in windows]
+
+    assert padding(plan(group_by_length=True)) < padding(plan()) / 4
+    # One pool of 400 rows, sorted: the windows go from long to short unless they are shuffled, otherwise in each epoch.
+    falling, *shuffled = (longest(plan(group_by_length=True, **more)) for more in ({"shuffle": False}, {}, {"seed": 1}))
+    assert falling == sorted(falling, reverse=True) and shuffled[0] != shuffled[1]
+    for windows in shuffled:
+        assert 15 < sum(after > before for before, after in zip(windows, windows[1:], strict=False)) < 35  # of 49

@@ -1,605 +1,290 @@
-"""Options: each one changes something that is looked at here or in another test, or is refused with a reason."""
+"""Options: how they are given, which are refused, and what each does to a run."""
 
 import dataclasses
 import json
+import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import conftest
 import pytest
 import torch
-import transformers
 import yaml
-from conftest import ROOT, make_model, make_rows, make_tokenizer
-from datasets import Dataset, DatasetDict
-from transformers import AutoModelForCausalLM
+from conftest import ROOT, make_model, make_rows, make_tokenizer, start
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import dpo.loop
-import dpo.models
+from dpo.collate import DataCollatorForPreference
 from dpo.config import EXAMPLE, LEFT_OUT, DPOConfig, parse_args
 from dpo.loop import train
-from dpo.losses import LOSSES
-from dpo.models import disable_dropout, load_model, make_optimizer
+from dpo.losses import LOSSES, WITH_REFERENCE, dpo_loss
 
 ROWS = make_rows(19)
-LIKE_SIGMOID = ("sigmoid", "hinge", "ipo", "odpo", "robust", "plackett_luce")  # there or on ROWS, or listed by itself
-NEEDED = ["--model_name_or_path", "m", "--dataset_name", "d"]
+WITHOUT_REFERENCE = [name for name in LOSSES if name not in WITH_REFERENCE]
 
 
-def start(output_dir: Path, model=None, rows=ROWS, **options):
-    """A short run whose policy has dropout to switch off."""
-    return conftest.start(output_dir, model=model or make_model(attention_dropout=0.3), rows=rows, **options)
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """Drawing rewards.png takes longer than all the rest of a run as short as these."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
 
 
-@pytest.fixture(scope="module")
-def plain_weights(tmp_path_factory):
-    return start(tmp_path_factory.mktemp("plain")).model.state_dict()
+NEEDED = "--model_name_or_path m --dataset_name d "
+
+# ------------------------------------------------------------------------------------------ how options are given
+
+# What TRL 1.x and this have alike is as there.
+DEFAULTS = {
+    "model_name_or_path": None, "ref_model_name_or_path": None, "model_revision": "main", "dtype": "float32",
+    "attn_implementation": None, "trust_remote_code": False, "model_init_kwargs": {}, "ref_model_init_kwargs": {},
+    "disable_dropout": True, "gradient_checkpointing": False, "gradient_checkpointing_kwargs": {},
+    "use_peft": False, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": None,
+    "lora_modules_to_save": None,
+    "dataset_name": None, "dataset_config": None, "dataset_train_split": "train", "dataset_test_split": "test",
+    "eval_dataset_name": None, "skip_bad_rows": False, "max_prompt_length": None, "max_completion_length": None,
+    "max_length": None, "truncation_mode": "keep_end", "padding_value": None, "layout": "auto",
+    "dataset_num_proc": None,
+    "dataloader_num_workers": 0, "dataloader_prefetch_factor": None, "dataloader_drop_last": False, "shuffle": True,
+    "group_by_length": False,
+    "loss_type": "sigmoid", "loss_weights": None, "beta": 0.1, "label_smoothing": 0.0,
+    "f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 1.0, "reference_free": False, "rpo_alpha": None,
+    "use_weighting": False, "ld_alpha": None, "discopop_tau": 0.05, "simpo_gamma": 0.5, "orpo_lambda": 0.1,
+    "cpo_alpha": 1.0, "dpop_lambda": 50.0, "r_dpo_alpha": 0.01, "chipo_clip": 10.0, "exo_beta_r": 1.0,
+    "sync_ref_model": False, "ref_model_mixup_alpha": 0.9, "ref_model_sync_steps": 64,
+    "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 3.0, "max_steps": -1,
+    "learning_rate": 1e-6, "lr_scheduler_type": "linear", "lr_scheduler_kwargs": {}, "warmup_ratio": 0.0,
+    "warmup_steps": 0, "optim": "adamw_torch", "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "bf16": False, "fp16": False, "tf32": None, "torch_compile": False,
+    "torch_compile_backend": None, "torch_compile_mode": None,
+    "output_dir": "dpo-output", "overwrite_output_dir": False, "eval_strategy": "no", "eval_steps": None,
+    "eval_on_start": False, "per_device_eval_batch_size": 8, "generate_during_eval": False, "num_samples": 8,
+    "max_new_tokens": 128, "sample_reward": None, "logging_steps": 10, "report_to": None, "run_name": None,
+    "disable_tqdm": False, "save_strategy": "steps", "save_steps": 500, "save_total_limit": None,
+    "save_only_model": False, "resume_from_checkpoint": None, "load_best_model_at_end": False,
+    "metric_for_best_model": "eval_loss", "greater_is_better": False,
+    "seed": 42, "data_seed": None, "full_determinism": False, "use_cpu": False, "ddp_backend": None,
+    "ddp_timeout": 1800, "ddp_find_unused_parameters": False,
+}  # fmt: skip
+
+# A command line, the text of a YAML file or arguments of DPOConfig; and the options that they set.
+TAKEN = [
+    ("--bf16", {"bf16": True}),
+    ("--bf16 false --no_shuffle", {"bf16": False, "shuffle": False}),
+    ("--learning_rate 1e-5 --max_steps 3", {"learning_rate": 1e-5, "max_steps": 3}),
+    ("--loss_type ipo", {"loss_type": "ipo"}),
+    ("--loss_type sigmoid sft --loss_weights 1 0.3", {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]}),
+    ("--lr_scheduler_kwargs '{\"a\": 1}'", {"lr_scheduler_kwargs": {"a": 1}}),
+    ("--use_peft --lora_target_modules all-linear", {"lora_target_modules": "all-linear"}),
+    ("--use_peft --lora_target_modules q_proj v_proj", {"lora_target_modules": ["q_proj", "v_proj"]}),
+    ("--report_to none", {"report_to": None}),
+    ("--report_to tensorboard wandb", {"report_to": ["tensorboard", "wandb"]}),
+    ("--resume_from_checkpoint true", {"resume_from_checkpoint": "true"}),
+    ("--resume_from_checkpoint false", {"resume_from_checkpoint": None}),
+    ("--metric_for_best_model loss", {"metric_for_best_model": "eval_loss", "greater_is_better": False}),
+    ("--metric_for_best_model rewards/margins",
+     {"metric_for_best_model": "eval_rewards/margins", "greater_is_better": True}),
+    ("--metric_for_best_model eval_my_loss", {"metric_for_best_model": "eval_my_loss", "greater_is_better": False}),
+    ("--eval_strategy steps --eval_dataset_name '{\"a\": \"b\"}'", {"eval_dataset_name": {"a": "b"}}),
+    ("eval_strategy: no\nsave_strategy: no", {"eval_strategy": "no", "save_strategy": "no"}),
+    ("learning_rate: 1e-5\nbf16: yes\nmax_length: null", {"learning_rate": 1e-5, "bf16": True, "max_length": None}),
+    ("report_to: none\nresume_from_checkpoint: false", {"report_to": None, "resume_from_checkpoint": None}),
+    ("report_to: [tensorboard, wandb]", {"report_to": ["tensorboard", "wandb"]}),
+    ("loss_type: [sigmoid, sft]\nmodel_init_kwargs: {a: 1}",
+     {"loss_type": ["sigmoid", "sft"], "model_init_kwargs": {"a": 1}}),
+    ({"output_dir": Path("out"), "eval_strategy": False}, {"output_dir": "out", "eval_strategy": "no"}),
+    ({"loss_type": ["ipo"], "report_to": "tensorboard,wandb"},
+     {"loss_type": "ipo", "report_to": ["tensorboard", "wandb"]}),
+    ({"use_peft": True, "lora_target_modules": "q_proj,v_proj", "lora_modules_to_save": "lm_head"},
+     {"lora_target_modules": ["q_proj", "v_proj"], "lora_modules_to_save": ["lm_head"]}),
+    ({"report_to": "none", "metric_for_best_model": None, "resume_from_checkpoint": False},
+     {"report_to": None, "metric_for_best_model": "eval_loss", "resume_from_checkpoint": None}),
+]  # fmt: skip
+
+# An option, values that are refused, the nearest ones that are taken, and what else has to be there.
+BOUNDS = """
+per_device_train_batch_size 0    | 1   |
+per_device_eval_batch_size  0    | 1   |
+gradient_accumulation_steps 0    | 1   |
+lora_r                      0    | 1   | --use_peft
+lora_alpha                  0    | 1   | --use_peft
+lora_dropout                -0.1 1 | 0 0.9 | --use_peft
+max_prompt_length           0    | 1   |
+max_completion_length       0    | 1   |
+max_length                  1    | 2   |
+padding_value               -1   | 0   |
+num_samples                 0    | 1   | --generate_during_eval --eval_strategy steps
+max_new_tokens              0    | 1   | --generate_during_eval --eval_strategy steps
+save_total_limit            0    | 1   |
+ddp_timeout                 0    | 1   |
+ref_model_sync_steps        0    | 1   | --sync_ref_model
+ref_model_mixup_alpha       -0.1 1.1 | 0 1 | --sync_ref_model
+learning_rate               -1e-9 nan | 0 |
+weight_decay                -0.1 | 0   |
+warmup_ratio                -0.1 1 | 0 0.9 |
+warmup_steps                -1   | 0   |
+max_grad_norm               -0.1 | 0   |
+dataloader_num_workers      -1   | 0   |
+adam_beta1                  -0.1 1 | 0 0.99 |
+adam_beta2                  -0.1 1 | 0 0.9999 |
+adam_epsilon                -1e-9 | 0  |
+ld_alpha                    -0.1 1.1 | 0 1 |
+rpo_alpha                   -0.1 | 0   |
+label_smoothing             -0.1 0.5 | 0 0.49 |
+beta                        0 -1 inf nan | 1e-9 |
+discopop_tau                0 inf | 1e-9 | --loss_type discopop
+chipo_clip                  0 inf | 1e-9 | --loss_type chipo
+exo_beta_r                  0 inf | 1e-9 | --loss_type exo
+num_train_epochs            0 inf | 0.1 |
+logging_steps               0 inf | 0.1 |
+save_steps                  0 inf | 0.1 |
+eval_steps                  0 inf | 0.1 | --eval_strategy steps
+"""
+
+# Options that do nothing by themselves, and what each needs beside it.
+NEEDS = [
+    ("--lora_r 4", "--use_peft"),
+    ("--lora_alpha 4", "--use_peft"),
+    ("--lora_dropout 0.5", "--use_peft"),
+    ("--lora_target_modules q_proj", "--use_peft"),
+    ("--lora_modules_to_save lm_head", "--use_peft"),
+    ("--torch_compile_backend eager", "--torch_compile"),
+    ("--torch_compile_mode default", "--torch_compile"),
+    ("--gradient_checkpointing_kwargs '{\"a\": 1}'", "--gradient_checkpointing"),
+    ("--sample_reward a:b", "--generate_during_eval --eval_strategy steps"),
+    ("--num_samples 5", "--generate_during_eval --eval_strategy steps"),
+    ("--max_new_tokens 5", "--generate_during_eval --eval_strategy steps"),
+    ("--eval_steps 5", "--eval_strategy steps"),
+    ("--dataloader_prefetch_factor 2", "--dataloader_num_workers 1"),
+    ("--f_alpha_divergence_coef 0.5", "--f_divergence_type alpha_divergence"),
+    ("--ref_model_mixup_alpha 0.5", "--sync_ref_model"),
+    ("--ref_model_sync_steps 5", "--sync_ref_model"),
+]
+
+# A command line or a file that is refused, and the essential words of the refusal.
+REFUSED = [
+    ("--lerning_rate 1", "there is no option --lerning_rate: did you mean --learning_rate?"),
+    ("--learning_rat 1", "did you mean --learning_rate?"),
+    ("--qqqq", "--help lists them all"),
+    ("train.jsonl", "cannot make sense of 'train.jsonl'"),
+    ("--deepspeed x", "there is no option --deepspeed here"),
+    ("--evaluation_strategy no", "use eval_strategy"),
+    ("--config nowhere.yaml", "nowhere.yaml: No such file"),
+    ("beta: [", "is not YAML"),
+    ("- beta", "must hold lines"),
+    ("bta: 1", "did you mean --beta?"),
+    ("--beta big", "--beta: invalid float value: 'big'"),
+    ("--model_init_kwargs {a", "model_init_kwargs is not JSON"),
+    ("--lr_scheduler_kwargs [1]", "lr_scheduler_kwargs must be a JSON object"),
+    ("--dtype int8", "dtype is 'int8': choose one of float32, bfloat16, float16, auto"),
+    ("--truncation_mode keep", "truncation_mode is 'keep': choose one of keep_end, keep_start"),
+    ("--optim adam", "optim is 'adam': choose one of adamw_torch"),
+    ("--eval_strategy often", "eval_strategy is 'often': choose one of no, steps, epoch"),
+    ("--save_strategy often", "save_strategy is 'often': choose one of no, steps, epoch"),
+    ("--lr_scheduler_type cosin", "lr_scheduler_type is 'cosin': choose one of linear"),
+    ("--lr_scheduler_type greedy", "lr_scheduler_type greedy needs a metric"),
+    ("--lr_scheduler_type reduce_lr_on_plateau", "lr_scheduler_type reduce_lr_on_plateau needs a metric"),
+    ("--bf16 --fp16", "bf16 and fp16 exclude each other"),
+    ("--fp16 --dtype float16", "fp16 needs weights of a wider dtype"),
+    ("--eval_on_start", "need an eval_strategy"),
+    ("--generate_during_eval", "need an eval_strategy"),
+    ("--eval_dataset_name e", "need an eval_strategy"),
+    ("--load_best_model_at_end", "load_best_model_at_end needs eval_strategy and save_strategy"),
+    ("--load_best_model_at_end --eval_strategy steps --save_strategy no", "load_best_model_at_end needs"),
+    ("--load_best_model_at_end --eval_strategy steps --save_strategy epoch", "save_strategy set alike"),
+    ("--adam_beta1 0.5 --optim sgd", "adam_beta1 does nothing without optim adamw_torch"),
+    ("--adam_beta2 0.5 --optim rmsprop", "adam_beta2 does nothing without optim adamw_torch"),
+    ("--adam_epsilon 0.5 --optim sgd", "adam_epsilon does nothing without optim adamw_torch"),
+    ("--loss_type best", "loss_type 'best' is unknown: choose one of sigmoid"),
+    ("--loss_type sigmoid sft --loss_weights 1", "loss_weights has 1 numbers for 2 losses"),
+    ("--loss_type hinge --label_smoothing 0.1", "label_smoothing has no meaning for loss_type hinge"),
+    ("--loss_type exo sigmoid", "mixes losses of rankings with losses of pairs"),
+    ("--loss_type aot --gradient_accumulation_steps 2", "sorts the whole batch"),
+    ("--use_weighting --loss_type aot", "use_weighting weighs pairs"),
+    ("--use_weighting --loss_type plackett_luce", "use_weighting weighs pairs"),
+    ("--ld_alpha 0.5 --loss_type exo", "ld_alpha compares the two of a pair"),
+    ("--reference_free --ref_model_name_or_path m", "reference_free runs no reference"),
+    ("--sync_ref_model --reference_free", "sync_ref_model moves the reference"),
+    ("--sync_ref_model --ref_model_name_or_path m", "sync_ref_model moves the policy's own start"),
+    ("--loss_type simpo --sync_ref_model", "simpo has no reference"),
+    ("--loss_type orpo --ref_model_name_or_path m", "orpo has no reference"),
+]
+for bound in BOUNDS.strip().splitlines():
+    (name, *bad), good, beside = (part.split() for part in bound.split("|"))
+    REFUSED += [(shlex.join([f"--{name}={value}", *beside]), f"{name} is ") for value in bad]
+    TAKEN += [(shlex.join([f"--{name}={value}", *beside]), {name: float(value)}) for value in good]
+for line, beside in NEEDS:
+    name = line.split()[0].removeprefix("--")
+    REFUSED += [(line, f"{name} does nothing without {beside.removeprefix('--').split()[0]}")]
+    TAKEN += [(f"{line} {beside}", {})]
+for name in "discopop_tau simpo_gamma orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha chipo_clip exo_beta_r".split():
+    loss = name.rpartition("_")[0].removesuffix("_beta")
+    REFUSED += [(f"--{name} 0.7", f"{name} has no meaning for loss_type sigmoid: it belongs to {loss}")]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"learning_rate": 2e-3},
-        {"beta": 0.5},
-        {"loss_type": "hinge"},
-        {"loss_type": "ipo"},
-        {"label_smoothing": 0.2},
-        {"loss_type": ["sigmoid", "sft"]},
-        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]},
-        {"f_divergence_type": "forward_kl"},
-        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5},
-        {"rpo_alpha": 1.0},
-        {"use_weighting": True},
-        {"ld_alpha": 0.5},
-        {"sync_ref_model": True, "ref_model_sync_steps": 1},
-        *({"loss_type": name} for name in LOSSES if name not in LIKE_SIGMOID),
-        {"loss_type": "robust", "label_smoothing": 0.2},
-        {"reference_free": True},
-        {"disable_dropout": False},
-        {"per_device_train_batch_size": 4},
-        {"gradient_accumulation_steps": 2},
-        {"num_train_epochs": 1.5},
-        {"max_steps": 2},
-        {"lr_scheduler_type": "cosine"},
-        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 9e-4}},
-        {"warmup_ratio": 0.5},
-        {"warmup_steps": 1},
-        {"optim": "sgd"},
-        {"optim": "rmsprop"},
-        {"optim": "adamw_8bit"},
-        {"weight_decay": 0.5},
-        {"adam_beta1": 0.5},
-        {"adam_beta2": 0.5},
-        {"adam_epsilon": 1e-2},
-        {"max_grad_norm": 0.01, "optim": "sgd"},
-        {"bf16": True},
-        {"fp16": True},
-        {"seed": 7},
-        {"data_seed": 7},
-        {"shuffle": False},
-        {"group_by_length": True},
-        {"dataloader_drop_last": True},
-        {"max_prompt_length": 3},
-        {"max_completion_length": 3},
-        {"max_length": 9},
-        {"max_prompt_length": 3, "truncation_mode": "keep_start"},
-    ],
-    ids=lambda options: ",".join(f"{key}={value}" for key, value in options.items()),
-)
-def test_option_changes_what_is_trained(options, plain_weights, tmp_path):
-    trained = start(tmp_path, **options).model.state_dict()
-    assert any(not torch.equal(trained[key], plain_weights[key]) for key in plain_weights)
-    assert all(torch.isfinite(value).all() for value in trained.values())
+def configured(given: str | dict, folder: Path) -> DPOConfig:
+    """A configuration from arguments of DPOConfig, a command line or the text of a YAML file."""
+    if isinstance(given, dict):
+        return DPOConfig(**given)
+    if re.match(r"[^\s-]*: |- ", given):
+        (folder / "run.yaml").write_text(given)
+        given = f"--config {folder}/run.yaml"
+    return parse_args(shlex.split(NEEDED + given))
 
 
-@pytest.mark.parametrize(
-    ("loss_type", "options"),
-    [
-        ("discopop", {"discopop_tau": 0.5}),
-        ("simpo", {"simpo_gamma": 1.0}),
-        ("orpo", {"orpo_lambda": 0.9}),
-        ("cpo", {"cpo_alpha": 0.1}),
-        ("dpop", {"dpop_lambda": 1.0}),
-        ("r_dpo", {"r_dpo_alpha": 0.3}),
-        ("chipo", {"chipo_clip": 0.01}),
-        ("sigmoid", {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.2}),
-        ("sigmoid", {"sync_ref_model": True, "ref_model_sync_steps": 2}),
-    ],
-    ids=str,
-)
-def test_option_of_one_loss_changes_what_it_trains_and_is_refused_elsewhere(loss_type, options, tmp_path):
-    base = {key: value for key, value in options.items() if key == "sync_ref_model"}
-    base |= {"ref_model_sync_steps": 1} if base else {}
-    plain = start(tmp_path / "a", loss_type=loss_type, **base).model.state_dict()
-    changed = start(tmp_path / "b", loss_type=loss_type, **options).model.state_dict()
-    assert any(not torch.equal(plain[key], changed[key]) for key in plain)
-    if not base:
-        with pytest.raises(ValueError, match=f"{next(iter(options))} has no meaning for loss_type sigmoid"):
-            DPOConfig(**options)
+@pytest.mark.parametrize(("given", "expected"), TAKEN, ids=lambda value: repr(value)[:80])
+def test_what_is_given_sets_these_options(given, expected, tmp_path):
+    args = configured(given, tmp_path)
+    assert {name: getattr(args, name) for name in expected} == expected
 
 
-def test_truncation_modes_keep_different_ends(tmp_path):
-    kept = [
-        start(tmp_path / mode, max_prompt_length=3, truncation_mode=mode).model.state_dict()
-        for mode in ("keep_end", "keep_start")
-    ]
-    assert not torch.equal(kept[0]["lm_head.weight"], kept[1]["lm_head.weight"])
+@pytest.mark.parametrize(("given", "words"), REFUSED, ids=lambda value: repr(value)[:80])
+def test_nonsense_is_refused_in_one_line_that_names_the_option(given, words, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(words)) as caught:
+        configured(given, tmp_path)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"gradient_checkpointing": True},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 3},
-        {"dataset_num_proc": 2},
-        {"padding_value": 5},
-        {"layout": "padded"},
-        {"full_determinism": True},
-        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow),
-    ],
-    ids=lambda options: ",".join(f"{key}={value}" for key, value in options.items()),
-)
-def test_option_changes_how_but_not_what_is_trained(options, plain_weights, tmp_path, monkeypatch):
-    used = {}
-    checkpoint, loader, compiled = (
-        transformers.modeling_utils.checkpoint,
-        dpo.loop.load_batches,
-        torch.nn.Module.compile,
-    )
-    collate = dpo.loop.DataCollatorForPreference.__call__
-
-    def spy_checkpoint(*args, **kwargs):
-        used["gradient_checkpointing"] = True
-        used["gradient_checkpointing_kwargs"] = {"use_reentrant": kwargs.get("use_reentrant")}
-        return checkpoint(*args, **kwargs)
-
-    def spy_loader(*args, **kwargs):
-        made = loader(*args, **kwargs)
-        used.update(dataloader_num_workers=made.num_workers, dataloader_prefetch_factor=made.prefetch_factor)
-        return made
-
-    def spy_compile(model, **kwargs):
-        used.update(torch_compile=True, torch_compile_backend=kwargs.get("backend"))
-        return compiled(model, **kwargs)
-
-    def spy_collate(collator, features):
-        used.update(padding_value=collator.pad_token_id, layout=collator.layout)
-        return collate(collator, features)
-
-    original_map = Dataset.map
-    monkeypatch.setattr(
-        Dataset,
-        "map",
-        lambda self, *a, **k: used.update(dataset_num_proc=k.get("num_proc")) or original_map(self, *a, **k),
-    )
-    monkeypatch.setattr(transformers.modeling_utils, "checkpoint", spy_checkpoint)
-    monkeypatch.setattr(dpo.loop, "load_batches", spy_loader)
-    monkeypatch.setattr(torch.nn.Module, "compile", spy_compile)
-    monkeypatch.setattr(dpo.loop.DataCollatorForPreference, "__call__", spy_collate)
-    trained = start(tmp_path, **options).model.state_dict()
-    used["full_determinism"] = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)
-    if "dataloader_num_workers" in options:
-        used.pop("padding_value", None)
-    assert {key: used.get(key) for key in options} == options
-    for key, value in plain_weights.items():
-        assert torch.allclose(trained[key], value, atol=1e-5), key
+def test_defaults():
+    options = dataclasses.asdict(DPOConfig())
+    assert options == DEFAULTS
 
 
-def test_tf32_and_torch_compile_mode_reach_torch(tmp_path, monkeypatch):
-    modes = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **options: modes.append(options))
-    start(tmp_path, max_steps=1, tf32=True, torch_compile=True, torch_compile_mode="reduce-overhead")
-    assert torch.get_float32_matmul_precision() == "high"
-    assert modes == [{"mode": "reduce-overhead"}] * 2  # policy and reference
-    start(tmp_path / "b", max_steps=1, tf32=False)
-    assert torch.get_float32_matmul_precision() == "highest"
+def test_the_command_line_wins_over_the_file_and_paths_in_it_are_relative_to_it(tmp_path):
+    values = {"model_name_or_path": "./model", "dataset_name": "hub/name", "beta": 0.3, "seed": 7}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    args = parse_args(["--config", str(tmp_path / "run.yaml"), "--beta", "0.7"])
+    assert args.model_name_or_path == str(tmp_path / "model") and args.dataset_name == "hub/name"
+    assert (args.beta, args.seed) == (0.7, 7)
 
 
-def test_8_bit_optimizers_come_from_bitsandbytes():
-    import bitsandbytes
-
-    for name, kind in (("adamw_8bit", "AdamW8bit"), ("paged_adamw_8bit", "PagedAdamW8bit")):
-        assert isinstance(
-            make_optimizer(make_model(), name=name, learning_rate=1e-3), getattr(bitsandbytes.optim, kind)
-        )
-
-
-def test_weight_decay_spares_norms():
-    groups = make_optimizer(make_model(), learning_rate=1e-3, weight_decay=0.1).param_groups
-    assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
-    assert all(parameter.ndim == 1 for parameter in groups[1]["params"]) and len(groups[1]["params"]) == 5
-
-
-# --------------------------------------------------------------------------------------------------------------- models
-
-
-def test_model_options_reach_from_pretrained(model_dir, tmp_path, monkeypatch):
-    calls, tokenizers = [], []
-    load, load_tokenizer = AutoModelForCausalLM.from_pretrained, dpo.models.AutoTokenizer.from_pretrained
-    known = ("dtype", "revision", "attn_implementation", "trust_remote_code", "attention_dropout")
-
-    def spy(name, **options):
-        calls.append((name, {key: options.get(key) for key in known}))
-        return load(name, **{key: value for key, value in options.items() if key != "trust_remote_code"})
-
-    def spy_tokenizer(name, **options):
-        tokenizers.append(options)
-        return load_tokenizer(name)
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
-    monkeypatch.setattr(dpo.models.AutoTokenizer, "from_pretrained", spy_tokenizer)
-    reference = tmp_path / "reference"
-    make_model(seed=9).save_pretrained(reference)
-    run = train(
-        args=DPOConfig(
-            model_name_or_path=str(model_dir),
-            ref_model_name_or_path=str(reference),
-            model_revision="v2",
-            dtype="bfloat16",
-            attn_implementation="eager",
-            trust_remote_code=True,
-            model_init_kwargs={"attention_dropout": 0.1},
-            ref_model_init_kwargs={"attention_dropout": 0.2},
-            output_dir=str(tmp_path / "out"),
-            max_steps=1,
-            save_strategy="no",
-            disable_tqdm=True,
-        ),
-        train_dataset=ROWS,
-    )
-    common = {"dtype": "bfloat16", "attn_implementation": "eager", "trust_remote_code": True}
-    assert calls == [
-        (str(model_dir), {**common, "revision": "v2", "attention_dropout": 0.1}),
-        (str(reference), {**common, "revision": "main", "attention_dropout": 0.2}),
-    ]
-    assert tokenizers == [{"revision": "v2", "trust_remote_code": True}]
-    assert run.model.dtype == torch.bfloat16 and run.model.config._attn_implementation == "eager"
-    assert run.rows[0]["rewards/chosen"] != 0  # another reference
-    assert DPOConfig().trust_remote_code is False
-
-
-def test_weights_are_float32_unless_asked_otherwise(tmp_path):
-    make_model().to(torch.bfloat16).save_pretrained(tmp_path)
-    assert load_model(str(tmp_path)).dtype == torch.float32
-    assert load_model(str(tmp_path), dtype="auto").dtype == torch.bfloat16
-
-
-def test_lora_options_shape_the_adapter(tmp_path):
-    options = {"lora_r": 3, "lora_alpha": 12, "lora_dropout": 0.25, "lora_target_modules": ["o_proj"]}
-    run = start(tmp_path, use_peft=True, lora_modules_to_save=["lm_head"], max_steps=1, **options)
-    saved = run.model.peft_config["default"]
-    assert (saved.r, saved.lora_alpha, saved.lora_dropout, saved.target_modules) == (3, 12, 0.25, {"o_proj"})
-    trained = {name.split(".")[-3] for name, parameter in run.model.named_parameters() if parameter.requires_grad}
-    assert trained == {"lora_A", "lora_B", "modules_to_save"}
-    dropouts = [module.p for name, module in run.model.named_modules() if "lora_dropout.default" in name]
-    assert set(dropouts) == {0.25}  # disable_dropout leaves the adapter's own dropout alone
-    everywhere = start(tmp_path / "all", use_peft=True, lora_target_modules=["all-linear"], max_steps=1).model
-    adapted = {name.split(".")[-4] for name, _ in everywhere.named_parameters() if "lora_A" in name}
-    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-
-
-def test_disable_dropout_reaches_layers_attention_and_configuration():
-    from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
-
-    sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.3, "attn_pdrop": 0.3}
-    falcon = {
-        "vocab_size": 50,
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "hidden_dropout": 0.4,
-    }
-    models = (
-        GPT2LMHeadModel(GPT2Config(**sizes)),
-        FalconForCausalLM(FalconConfig(**falcon)),
-        make_model(attention_dropout=0.4),
-    )
-    for model in models:
-        disable_dropout(model)
-        ids = torch.arange(1, 9)[None]
-        assert torch.equal(model.train()(input_ids=ids).logits, model.train()(input_ids=ids).logits)
-
-
-# ----------------------------------------------------------------------------------------------------------------- data
-
-
-def test_dataset_options_choose_what_is_trained_and_evaluated_on(model_dir, tmp_path, monkeypatch):
-    data = DatasetDict({"left": Dataset.from_list(make_rows(4)), "right": Dataset.from_list(make_rows(3, seed=1))})
-    data.save_to_disk(tmp_path / "data")
-    (tmp_path / "more.json").write_text("\n".join(json.dumps(row) for row in make_rows(2, seed=2)))
-    asked, load = [], dpo.loop.load_preferences
-    monkeypatch.setattr(
-        dpo.loop, "load_preferences", lambda source, **how: asked.append((source, how)) or load(source, **how)
-    )
-    common = {
-        "model_name_or_path": str(model_dir),
-        "dataset_name": str(tmp_path / "data"),
-        "max_steps": 1,
-        "save_strategy": "no",
-    }
-    common |= {
-        "dataset_train_split": "left",
-        "dataset_test_split": "right",
-        "eval_strategy": "steps",
-        "disable_tqdm": True,
-    }
-    train(args=DPOConfig(**common, dataset_config="sub", output_dir=str(tmp_path / "a")))
-    whole = str(tmp_path / "data")
-    assert asked == [(whole, {"split": "left", "subset": "sub"}), (whole, {"split": "right", "subset": "sub"})]
-    run = train(
-        args=DPOConfig(
-            **common, eval_dataset_name=f'{{"more": "{tmp_path}/more.json"}}', output_dir=str(tmp_path / "b")
-        )
-    )
-    assert "eval_more_loss" in run.rows[-1]
-    file = {**common, "dataset_name": str(tmp_path / "more.json")}
-    with pytest.raises(ValueError, match="eval_strategy needs something to evaluate on: set eval_dataset_name"):
-        train(args=DPOConfig(**file, output_dir=str(tmp_path / "c")))
-    with pytest.raises(ValueError, match="has no split 'middle'"):
-        train(args=DPOConfig(**{**common, "dataset_train_split": "middle"}, output_dir=str(tmp_path / "d")))
-
-
-def test_skip_bad_rows_trains_on_the_others(tmp_path):
-    rows = [*ROWS, {"prompt": "a", "chosen": " same", "rejected": " same"}]
-    with pytest.raises(ValueError, match="row 20: .* equal"):
-        start(tmp_path, rows=rows)
-    assert len(start(tmp_path, rows=rows, skip_bad_rows=True).rows) == 3
-
-
-# -------------------------------------------------------------------------------------- when things happen, and machine
-
-
-def test_intervals_are_steps_or_shares_of_all_steps(tmp_path):
-    options = {"num_train_epochs": 4, "eval_strategy": "steps", "save_strategy": "steps", "save_only_model": True}
-    run = train(
-        make_model(),
-        args=DPOConfig(
-            output_dir=str(tmp_path), logging_steps=5, eval_steps=0.5, save_steps=0.25, disable_tqdm=True, **options
-        ),
-        train_dataset=ROWS,
-        eval_dataset=ROWS[:3],
-        processing_class=make_tokenizer(),
-    )
-    assert [row["step"] for row in run.rows if "loss" in row] == [1, 5, 10, 12]
-    assert [row["step"] for row in run.rows if "eval_loss" in row] == [6, 12]
-    checkpoints = sorted(tmp_path.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-    assert [path.name for path in checkpoints] == [f"checkpoint-{step}" for step in (3, 6, 9, 12)]
-    assert not list(tmp_path.glob("checkpoint-*/state.pt"))
-    with pytest.raises(ValueError, match="saved with save_only_model"):
-        start(tmp_path, resume_from_checkpoint="true", num_train_epochs=4)
-
-
-def test_old_checkpoints_go_beyond_save_total_limit(tmp_path):
-    start(tmp_path, num_train_epochs=4, save_strategy="epoch", save_total_limit=2)
-    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-12"}
-
-
-def test_trackers_get_every_row(tmp_path, monkeypatch):
-    import sys
-    import types
-
-    sent = []
-    for name in ("wandb", "trackio"):
-        fake = types.SimpleNamespace(
-            init=lambda project, name, config: sent.append((project, name, config["beta"])),
-            log=lambda row, step: sent.append((step, row["loss"])),
-        )
-        monkeypatch.setitem(sys.modules, name, fake)
-    run = start(tmp_path, report_to=["tensorboard", "wandb", "trackio"], run_name="trial", max_steps=2)
-    assert sent[:2] == [("dpo", "trial", 0.1)] * 2
-    assert sent[2:] == [(row["step"], row["loss"]) for row in run.rows for _ in range(2)]
-    assert list((tmp_path / "tensorboard").glob("events*"))
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match="pip install wandb"):
-        start(tmp_path / "b", report_to=["wandb"])
-    with pytest.raises(ValueError, match="report_to 'sheet' is unknown"):
-        start(tmp_path / "c", report_to=["sheet"])
-
-
-def test_progress_bar_shows_loss_accuracy_and_margin(tmp_path, capsys):
-    start(tmp_path, max_steps=1, disable_tqdm=False)
-    assert re.search(r"1/1 .*loss=0.693, accuracy=0.000, margin=0.000", capsys.readouterr().err)
-    start(tmp_path / "b", max_steps=1, disable_tqdm=True)
-    assert "margin=" not in capsys.readouterr().err
-
-
-def test_process_options_reach_torch_distributed(tmp_path, monkeypatch):
-    from dpo import distributed
-
-    made = {}
-    monkeypatch.setattr(distributed, "DistributedDataParallel", lambda model, **options: made.update(options) or model)
-    monkeypatch.setattr(
-        distributed.dist, "init_process_group", lambda backend, timeout: made.update(backend=backend, timeout=timeout)
-    )
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # use_cpu must not look at it
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    world = distributed.setup(use_cpu=True, backend="gloo", timeout=7)
-    distributed.parallelize(make_model(), world, find_unused_parameters=True)
-    assert world.device.type == "cpu" and made["backend"] == "gloo" and made["timeout"].seconds == 7
-    assert made["find_unused_parameters"] is True
-    args = DPOConfig(use_cpu=True, ddp_backend="gloo", ddp_timeout=7, ddp_find_unused_parameters=True)
-    seen = {}
-
-    class Reached(Exception):
-        pass
-
-    def spy(**options):
-        seen.update(options)
-        raise Reached
-
-    monkeypatch.setattr(distributed, "setup", spy)
-    with pytest.raises(Reached):
-        train(args=args)
-    assert seen == {"use_cpu": True, "backend": "gloo", "timeout": 7}
-
-
-# -------------------------------------------------------------------------------------------------------- command line
+def test_without_model_and_dataset_it_is_the_example():
+    args = parse_args(["--max_steps", "3"])
+    assert args.max_steps == 3 and Path(args.model_name_or_path) == EXAMPLE.parent / "model"
+    assert parse_args(shlex.split(NEEDED)).output_dir == "dpo-output"
 
 
 def test_the_documents_command_line_works_unchanged():
     line = (
         "--model_name_or_path Qwen/Qwen2-0.5B-Instruct --dataset_name trl-lib/ultrafeedback_binarized "
         "--num_train_epochs 1 --logging_steps 25 --output_dir Qwen2-0.5B-DPO"
-    )
-    args = parse_args(line.split())
-    assert (args.model_name_or_path, args.dataset_name) == (
-        "Qwen/Qwen2-0.5B-Instruct",
-        "trl-lib/ultrafeedback_binarized",
-    )
-    assert (args.num_train_epochs, args.logging_steps, args.output_dir) == (1.0, 25.0, "Qwen2-0.5B-DPO")
+    ).split()
+    args = parse_args(line)
+    values = [str(getattr(args, name.removeprefix("--"))) for name in line[::2]]
+    assert values == ["Qwen/Qwen2-0.5B-Instruct", "trl-lib/ultrafeedback_binarized", "1.0", "25.0", "Qwen2-0.5B-DPO"]
 
 
-def test_defaults_are_the_documents():
-    document = {
-        "learning_rate": 1e-6,
-        "beta": 0.1,
-        "loss_type": "sigmoid",
-        "num_train_epochs": 3.0,
-        "max_grad_norm": 1.0,
-    }
-    document |= {
-        "per_device_train_batch_size": 8,
-        "adam_beta2": 0.999,
-        "adam_epsilon": 1e-8,
-        "warmup_ratio": 0.0,
-        "seed": 42,
-    }
-    document |= {"truncation_mode": "keep_end", "max_length": None, "disable_dropout": True, "label_smoothing": 0.0}
-    document |= {"lr_scheduler_type": "linear", "optim": "adamw_torch", "save_steps": 500, "ddp_timeout": 1800}
-    assert {key: getattr(DPOConfig(), key) for key in document} == document
-    assert DPOConfig().logging_steps == 10
-
-
-def test_the_command_line_wins_over_the_file_and_paths_are_relative_to_it(tmp_path):
-    file = tmp_path / "run.yaml"
-    values = {
-        "model_name_or_path": "./model",
-        "dataset_name": "hub/name",
-        "beta": 0.3,
-        "learning_rate": "1e-5",
-        "bf16": True,
-    }
-    file.write_text(yaml.safe_dump({**values, "report_to": ["tensorboard"], "max_length": None}))
-    args = parse_args(["--config", str(file), "--beta", "0.7", "--no_shuffle"])
-    assert args.model_name_or_path == str(tmp_path / "model") and args.dataset_name == "hub/name"
-    assert (args.beta, args.learning_rate, args.bf16, args.shuffle, args.report_to) == (
-        0.7,
-        1e-5,
-        True,
-        False,
-        ["tensorboard"],
-    )
-
-
-def test_without_model_and_dataset_it_is_the_example():
-    args = parse_args(["--max_steps", "3"])
-    assert args.max_steps == 3 and Path(args.model_name_or_path) == EXAMPLE.parent / "model"
-    assert parse_args(NEEDED).output_dir == "dpo-output"
-
-
-def test_a_written_configuration_runs_again(tmp_path):
-    first = start(tmp_path / "a", beta=0.3, max_steps=2, lr_scheduler_type="cosine", report_to=["tensorboard"])
-    again = parse_args(["--config", str(tmp_path / "a" / "config.yaml")])
-    differing = {
-        f.name for f in dataclasses.fields(DPOConfig) if getattr(again, f.name) != getattr(DPOConfig(), f.name)
-    }
-    expected = {
-        "output_dir",
-        "beta",
-        "max_steps",
-        "lr_scheduler_type",
-        "learning_rate",
-        "num_train_epochs",
-        "logging_steps",
-    }
-    assert differing == expected | {"save_strategy", "disable_tqdm", "report_to"}
-    assert len(first.rows) == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--lerning_rate", "1"], "there is no option --lerning_rate: did you mean --learning_rate?"),
-        (["--learning_rat", "1"], "did you mean --learning_rate?"),
-        (["--qqqq"], "--help lists them all"),
-        (["--beta", "big"], "--beta: invalid float value: 'big'"),
-        (["--beta", "0"], "beta is 0.0: it must be above 0"),
-        (["--label_smoothing", "0.5"], "label_smoothing is 0.5"),
-        (["--loss_type", "aot", "--gradient_accumulation_steps", "2"], "sorts the whole batch"),
-        (
-            ["--f_alpha_divergence_coef", "0.5"],
-            "f_alpha_divergence_coef does nothing without f_divergence_type alpha_divergence",
-        ),
-        (["--ref_model_mixup_alpha", "0.5"], "does nothing without sync_ref_model"),
-        (["--sync_ref_model", "--reference_free"], "sync_ref_model moves the reference"),
-        (["--loss_type", "sigmoid", "sft", "--loss_weights", "1"], "loss_weights has 1 numbers for 2 losses"),
-        (["--loss_type", "hinge", "--label_smoothing", "0.1"], "label_smoothing has no meaning for loss_type hinge"),
-        (["--loss_type", "best"], "loss_type 'best' is unknown: choose one of sigmoid"),
-        (["--layout", "flat"], "layout is 'flat': choose one of auto, padded"),
-        (["--bf16", "--fp16"], "bf16 and fp16 exclude each other"),
-        (["--per_device_train_batch_size", "0"], "per_device_train_batch_size is 0: it must be at least 1"),
-        (["--per_device_eval_batch_size", "0"], "per_device_eval_batch_size is 0"),
-        (["--eval_on_start"], "need an eval_strategy"),
-        (["--load_best_model_at_end"], "load_best_model_at_end needs"),
-        (["--lora_target_modules", "q_proj"], "lora_target_modules does nothing without use_peft"),
-        (["--lora_r", "4"], "lora_r does nothing without use_peft"),
-        (["--torch_compile_backend", "eager"], "torch_compile_backend does nothing without torch_compile"),
-        (["--gradient_checkpointing_kwargs", '{"a": 1}'], "does nothing without gradient_checkpointing"),
-        (["--max_new_tokens", "5"], "max_new_tokens does nothing without generate_during_eval"),
-        (["--eval_steps", "5"], "eval_steps does nothing without eval_strategy steps"),
-        (["--adam_beta1", "0.5", "--optim", "sgd"], "adam_beta1 does nothing without an AdamW optim"),
-        (["--lr_scheduler_type", "cosin"], "lr_scheduler_type is 'cosin': choose one of linear"),
-        (["--fp16", "--dtype", "float16"], "fp16 needs weights of a wider dtype"),
-        (["--use_weighting", "--loss_type", "aot"], "use_weighting weighs pairs"),
-        (["--use_weighting", "--loss_type", "plackett_luce"], "use_weighting weighs pairs"),
-        (["--ld_alpha", "0.5", "--loss_type", "exo"], "ld_alpha compares the two of a pair"),
-        (["--loss_type", "exo", "sigmoid"], "mixes losses of rankings with losses of pairs"),
-        (["--exo_beta_r", "2"], "exo_beta_r has no meaning for loss_type sigmoid: it belongs to exo"),
-        (["--ld_alpha", "7"], "ld_alpha is 7.0: it must be at most 1"),
-        (["--loss_type", "simpo", "--sync_ref_model"], "simpo has no reference"),
-        (["--model_init_kwargs", "{a"], "model_init_kwargs is not JSON"),
-        (["--lr_scheduler_type", "greedy"], "lr_scheduler_type greedy follows a metric"),
-        (["--dataloader_prefetch_factor", "2"], "does nothing without dataloader_num_workers"),
-        (["--reference_free", "--ref_model_name_or_path", "m"], "reference_free runs no reference"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml: No such file"),
-        (["train.jsonl"], "cannot make sense of 'train.jsonl'"),
-        (["--deepspeed", "x"], "there is no option --deepspeed here: this version replicates"),
-        (["--evaluation_strategy", "no"], "use eval_strategy"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-def test_nonsense_is_refused_in_one_line_that_names_the_option(arguments, words):
-    with pytest.raises(ValueError) as caught:
-        parse_args([*NEEDED, *arguments])
-    assert words in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_files_with_errors_are_refused_in_one_line(tmp_path):
-    for text, words in (("beta: [", "is not YAML"), ("- beta", "must hold lines"), ("bta: 1", "did you mean --beta?")):
-        (tmp_path / "c.yaml").write_text(text)
-        with pytest.raises(ValueError, match=re.escape(words)) as caught:
-            parse_args(["--config", str(tmp_path / "c.yaml")])
-        assert "\n" not in str(caught.value)
+def test_every_option_has_help():
+    for f in dataclasses.fields(DPOConfig):
+        assert f.metadata["help"].endswith("."), f.name
 
 
 def test_every_option_of_the_document_is_here_or_left_out_with_a_reason():
     ours = {f.name for f in dataclasses.fields(DPOConfig)}
     left_out = {name for names, _ in LEFT_OUT for name in names.split()}
     assert not ours & left_out
-    missing = set(DOCUMENT.split()) - ours - left_out
-    assert not missing
-
-
-def test_every_option_has_help_and_is_named_in_a_test():
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    for f in dataclasses.fields(DPOConfig):
-        assert f.metadata["help"].endswith("."), f.name
-        assert re.search(rf"\b{f.name}\b", tests), f"no test names {f.name}"
+    assert not set(DOCUMENT.split()) - ours - left_out
 
 
 # The fields of TRL 0.13's DPOConfig, as its documentation lists them.
@@ -639,3 +324,442 @@ def test_threads_do_not_spin_for_long_unless_the_user_wants_it():
         environment = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
         done = subprocess.run(show, cwd=ROOT, env={**environment, **given}, capture_output=True, text=True)
         assert done.stdout.strip() == expected
+
+
+# ------------------------------------------------------------------------------------------------------- loss and data
+
+PAIR = {"prompt": "the sky is very", "chosen": " dark blue now", "rejected": " green", "margin": 1.5}
+
+
+def by_hand(model, prompt: str, completion: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each token of a completion log π, and WPO's log π − log Σ_v π_v²."""
+    ids, start_ = make_tokenizer()([prompt + completion, prompt])["input_ids"]
+    with torch.no_grad():
+        logps = model(torch.tensor([ids])).logits[0, len(start_) - 1 : -1].log_softmax(-1)
+    own = logps.gather(1, torch.tensor(ids[len(start_) :])[:, None])[:, 0]
+    return own, own - (2 * logps).logsumexp(-1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"loss_type": name} for name in LOSSES if name != "sigmoid"),
+        {"beta": 0.5},
+        {"label_smoothing": 0.2},
+        {"loss_type": "exo_pair", "label_smoothing": 0.2},
+        {"loss_type": ["sigmoid", "sft"]},
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]},
+        {"f_divergence_type": "forward_kl"},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.6},
+        {"reference_free": True},
+        {"rpo_alpha": 0.7},
+        {"use_weighting": True},
+        {"ld_alpha": 0.3},
+        {"loss_type": "discopop", "discopop_tau": 0.5},
+        {"loss_type": "simpo", "simpo_gamma": 1.0},
+        {"loss_type": "orpo", "orpo_lambda": 0.9},
+        {"loss_type": "cpo", "cpo_alpha": 0.1},
+        {"loss_type": "dpop", "dpop_lambda": 1.0},
+        {"loss_type": "r_dpo", "r_dpo_alpha": 0.3},
+        {"loss_type": "chipo", "chipo_clip": 0.01},
+        {"loss_type": "exo", "exo_beta_r": 3.0},
+    ],
+    ids=lambda options: ",".join(f"{key}={value}" for key, value in options.items()),
+)
+def test_the_loss_of_a_pair_is_the_one_that_the_options_say(options, tmp_path):
+    """The first logged loss, beside another reference, against dpo_loss of log-probabilities made by hand."""
+    policy, reference, row = make_model(), make_model(seed=19), dict(PAIR)
+    texts = [(row["prompt"], f"{row[part]}<|im_end|>") for part in ("chosen", "rejected")]
+    tokens = [by_hand(model, *text) for model in (policy, reference) for text in texts]
+    if "ld_alpha" in options:  # the chosen completion is two tokens longer
+        longer = torch.tensor([1, 1, options["ld_alpha"], options["ld_alpha"]])
+        tokens = [(own * longer[: len(own)], scores) for own, scores in tokens]
+    logps = [own.sum()[None] for own, _ in tokens]
+    if "exo_beta_r" in options:
+        row["scores"] = [2.0, 1.0]
+    w, l = logps[0] - logps[2], logps[1] - logps[3]
+    more = {"chosen_lengths": torch.tensor([4]), "rejected_lengths": torch.tensor([2]), "margins": torch.tensor([1.5])}
+    more |= {"bco_delta": 0.1 * (w + l) / 2, "scores": torch.tensor([row["scores"]]) if "scores" in row else None}
+    more |= {key: value for key, value in options.items() if key not in ("use_weighting", "ld_alpha")}
+    weight = sum(scores.mean() for _, scores in tokens[:2]).exp() if "use_weighting" in options else 1.0
+    expected = float(weight * dpo_loss(*logps, **more)[0])
+    assert 0.0 < weight <= 1.0
+
+    alone = "reference_free" in options or options.get("loss_type") in WITHOUT_REFERENCE
+    first = start(tmp_path, policy, [row], ref_model=None if alone else reference, max_steps=1, **options).rows[0]
+    assert first["loss"] == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    defaults = {key: value for key, value in more.items() if key not in options or key == "loss_type"}
+    if options.keys() - {"loss_type", "ld_alpha"}:  # else this test would not see that an option is ignored
+        assert expected != pytest.approx(float(dpo_loss(*logps, **defaults)[0]), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("limits", "prompt", "chosen"),
+    [
+        ({}, "the sky is very", " dark blue now<|im_end|>"),
+        ({"max_prompt_length": 3}, " sky is very", " dark blue now<|im_end|>"),
+        ({"max_prompt_length": 3, "truncation_mode": "keep_start"}, "the sky is", " dark blue now<|im_end|>"),
+        ({"max_completion_length": 2}, "the sky is very", " dark blue"),
+        ({"max_length": 6}, " is very", " dark blue now<|im_end|>"),
+    ],
+    ids=str,
+)
+def test_lengths_are_limited(limits, prompt, chosen, tmp_path):
+    first = start(tmp_path, rows=[PAIR], max_steps=1, **limits).rows[0]
+    assert first["logps/chosen"] == pytest.approx(float(by_hand(make_model(), prompt, chosen)[0].sum()), abs=1e-4)
+
+
+def order(folder: Path, rows=ROWS, **options) -> list[float]:
+    """The rows in the order of a run that trains nothing, one a step, each as log π of its chosen completion."""
+    options = {"learning_rate": 0.0, "per_device_train_batch_size": 1, "overwrite_output_dir": True, **options}
+    return [row["logps/chosen"] for row in start(folder, rows=rows, **options).rows]
+
+
+def test_rows_are_shuffled_by_data_seed_or_else_by_seed_or_stay_in_order(tmp_path):
+    kept, usual = order(tmp_path, shuffle=False), order(tmp_path)
+    assert order(tmp_path, ROWS[::-1], shuffle=False) == pytest.approx(kept[::-1], abs=1e-4)
+    assert usual != kept and sorted(usual) == sorted(kept)
+    assert order(tmp_path, seed=7) == order(tmp_path, data_seed=7) != usual
+    assert order(tmp_path, seed=7, data_seed=42) == usual
+
+
+def test_rows_of_similar_length_are_grouped(tmp_path):
+    rows = [{**PAIR, "prompt": "the " * (2 + 20 * (i % 2))} for i in range(16)]
+    grouped, mixed = (
+        [row["tokens_seen"] for row in start(tmp_path / str(i), rows=rows, group_by_length=wanted,
+                                             per_device_train_batch_size=4).rows]
+        for i, wanted in enumerate((True, False))
+    )  # fmt: skip
+    steps = [{after - before for before, after in zip([0, *seen], seen, strict=False)} for seen in (grouped, mixed)]
+    assert len(steps[0]) == 2 < len(steps[1])  # all short or all long
+
+
+def test_bad_rows_stop_the_run_or_are_left_out(tmp_path):
+    rows = [*ROWS, {"prompt": "a", "chosen": " same", "rejected": " same"}]
+    with pytest.raises(ValueError, match="row 20: .* equal"):
+        start(tmp_path, rows=rows)
+    assert len(start(tmp_path, rows=rows, skip_bad_rows=True).rows) == 3
+
+
+def test_dataset_options_choose_what_is_trained_and_evaluated_on(model_dir, tmp_path):
+    sets = {name: make_rows(2 + i, seed=i) for i, name in enumerate(("left", "right", "small", "more"))}
+    (tmp_path / "data").mkdir()
+    for name, rows in sets.items():
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    splits = {"left": "left.jsonl", "right": "right.jsonl"}
+    configs = [
+        {"config_name": name, "data_files": [{"split": split, "path": path} for split, path in some.items()]}
+        for name, some in (("sub", splits), ("other", {"train": "small.jsonl", "test": "small.jsonl"}))
+    ]
+    (tmp_path / "data" / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    common = {"model_name_or_path": str(model_dir), "eval_strategy": "epoch", "save_strategy": "no"}
+    common |= {"learning_rate": 1e-3, "num_train_epochs": 1, "logging_steps": 1, "disable_tqdm": True}
+
+    def metrics(name: str, **options) -> list[dict]:
+        args = DPOConfig(output_dir=str(tmp_path / name), dataset_name=str(tmp_path / "data"), **common, **options)
+        return [{key: value for key, value in row.items() if "per_second" not in key} for row in train(args=args).rows]
+
+    def given(train_name: str, eval_name: str) -> list[dict]:
+        run = start(tmp_path / "given", str(model_dir), sets[train_name], sets[eval_name], eval_strategy="epoch",
+                    overwrite_output_dir=True)  # fmt: skip
+        return [{key: value for key, value in row.items() if "per_second" not in key} for row in run.rows]
+
+    sub = {"dataset_config": "sub", "dataset_train_split": "left", "dataset_test_split": "right"}
+    assert metrics("sub", **sub) == given("left", "right")
+    assert metrics("other", dataset_config="other") == given("small", "small")
+    more = f"{tmp_path}/data/more.jsonl"
+    assert metrics("more", **sub, eval_dataset_name=more) == given("left", "more")
+    assert "eval_more_loss" in metrics("named", **sub, eval_dataset_name=json.dumps({"more": more}))[-1]
+    with pytest.raises(ValueError, match="has no split 'middle'"):
+        metrics("bad", dataset_config="sub", dataset_train_split="middle")
+    with pytest.raises(ValueError, match="eval_strategy needs something to evaluate on: set eval_dataset_name"):
+        start(tmp_path / "none", rows=ROWS, eval_strategy="epoch")
+
+
+# -------------------------------------------------------------------------------------------------------- optimization
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, 3),
+        ({"per_device_train_batch_size": 4}, 5),
+        ({"gradient_accumulation_steps": 2}, 2),
+        ({"num_train_epochs": 1.5}, 5),
+        ({"num_train_epochs": 1.5, "max_steps": 2}, 2),
+        ({"dataloader_drop_last": True}, 2),
+    ],
+    ids=str,
+)
+def test_so_many_steps_are_taken(options, steps, tmp_path):
+    assert [row["step"] for row in start(tmp_path, rows=ROWS, **options).rows] == list(range(1, steps + 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1.0, 0.75, 0.5, 0.25]),
+        ({"lr_scheduler_type": "constant"}, [1.0] * 4),
+        ({"lr_scheduler_type": "cosine"}, [0.5 + 0.5 * math.cos(math.pi * i / 4) for i in range(4)]),
+        ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": 5e-4}},
+         [0.75 + 0.25 * math.cos(math.pi * i / 4) for i in range(4)]),
+        ({"warmup_steps": 2}, [0.0, 0.5, 1.0, 0.5]),
+        ({"warmup_ratio": 0.3}, [0.0, 0.5, 1.0, 0.5]),
+        ({"warmup_steps": 1, "warmup_ratio": 0.5}, [0.0, 1.0, 2 / 3, 1 / 3]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_learning_rates(options, expected, tmp_path):
+    run = start(tmp_path, rows=ROWS[:4], per_device_train_batch_size=1, learning_rate=1e-3, **options)
+    assert [row["learning_rate"] for row in run.rows] == pytest.approx([1e-3 * share for share in expected])
+
+
+def adamw(groups, betas=(0.9, 0.999), eps=1e-8, kind="AdamW8bit", lr=1e-3) -> torch.optim.Optimizer:
+    """An AdamW of bitsandbytes, kept apart from torch's by its name."""
+    import bitsandbytes
+
+    return getattr(bitsandbytes.optim, kind)(groups, lr=lr, betas=betas, eps=eps)
+
+
+@pytest.mark.parametrize(
+    ("options", "make"),
+    [
+        ({}, lambda groups: torch.optim.AdamW(groups, lr=1e-3)),
+        ({"learning_rate": 3e-3}, lambda groups: torch.optim.AdamW(groups, lr=3e-3)),
+        ({"adam_beta1": 0.5}, lambda groups: torch.optim.AdamW(groups, lr=1e-3, betas=(0.5, 0.999))),
+        ({"adam_beta2": 0.5}, lambda groups: torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.5))),
+        ({"adam_epsilon": 1e-2}, lambda groups: torch.optim.AdamW(groups, lr=1e-3, eps=1e-2)),
+        ({"weight_decay": 9.0}, lambda groups: torch.optim.AdamW(groups, lr=1e-3)),
+        ({"optim": "sgd", "weight_decay": 9.0}, lambda groups: torch.optim.SGD(groups, lr=1e-3)),
+        ({"optim": "rmsprop", "weight_decay": 9.0}, lambda groups: torch.optim.RMSprop(groups, lr=1e-3)),
+        ({"optim": "adamw_8bit", "weight_decay": 9.0}, adamw),
+        ({"optim": "paged_adamw_8bit"}, lambda groups: adamw(groups, kind="PagedAdamW8bit")),
+        ({"optim": "adamw_8bit", "adam_beta1": 0.5}, lambda groups: adamw(groups, betas=(0.5, 0.999))),
+        ({"optim": "adamw_8bit", "adam_beta2": 0.5}, lambda groups: adamw(groups, betas=(0.9, 0.5))),
+        ({"optim": "adamw_8bit", "adam_epsilon": 1e-2}, lambda groups: adamw(groups, eps=1e-2)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_options_train_as_the_optimizer_does_that_they_describe(options, make, tmp_path):
+    model = make_model()
+    decay = options.get("weight_decay", 0.0)  # of matrices; norms are spared
+    groups = [[p for p in model.parameters() if p.ndim >= 2], [p for p in model.parameters() if p.ndim < 2]]
+    optimizer = make([{"params": groups[0], "weight_decay": decay}, {"params": groups[1], "weight_decay": 0.0}])
+    expected = start(tmp_path / "a", model, ROWS, optimizers=(optimizer, None), max_steps=2).model.state_dict()
+    trained = start(tmp_path / "b", rows=ROWS, max_steps=2, **options).model.state_dict()
+    for name, value in expected.items():
+        assert torch.allclose(trained[name], value, atol=1e-6), name
+
+
+def test_longer_gradients_are_cut_to_max_grad_norm(tmp_path):
+    for limit in (0.01, 0):
+        run = start(tmp_path / str(limit), rows=ROWS, max_steps=1, optim="sgd", learning_rate=0.5, max_grad_norm=limit)
+        moved = [(run.model.state_dict()[name] - old).norm() for name, old in make_model().state_dict().items()]
+        norm = run.rows[0]["grad_norm"]  # before cutting
+        assert norm > 0.1 and torch.stack(moved).norm() == pytest.approx(0.5 * (limit or norm), rel=1e-3)
+
+
+def test_a_moved_reference_takes_its_share_of_the_policy(tmp_path):
+    options = {
+        "learning_rate": 1e-4,
+        "optim": "sgd",
+        "max_grad_norm": 0,
+        "max_steps": 2,
+        "lr_scheduler_type": "constant",
+    }
+    still = start(tmp_path / "still", rows=ROWS, **options).rows[1]["rewards/chosen"]
+    for share in (0.2, 0.7):
+        moving = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": share}
+        row = start(tmp_path / str(share), rows=ROWS, **options, **moving).rows[1]
+        assert row["rewards/chosen"] == pytest.approx((1 - share) * still, rel=0.05)
+
+
+@pytest.mark.parametrize(("option", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_half_precision_computes_in_it_and_keeps_float32_weights(option, dtype, tmp_path):
+    model, seen = make_model(), set()
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    trained = start(tmp_path, model, max_steps=1, **{option: True}).model
+    assert seen == {dtype} and trained.dtype == torch.float32
+
+
+# ----------------------------------------------------------------------------------------- how, but not what is trained
+
+
+@pytest.mark.parametrize(
+    ("options", "grads"),
+    [
+        ({}, [True]),
+        ({"gradient_checkpointing": True}, [True, True]),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, [False, True]),
+    ],
+    ids=str,
+)
+def test_gradient_checkpointing_runs_a_layer_again_in_the_backward_pass(options, grads, tmp_path):
+    model, seen = make_model(), []
+
+    def note(layer, *_):
+        if layer.training:  # not the reference's
+            seen.append(torch.is_grad_enabled())
+
+    model.model.layers[0].mlp.register_forward_pre_hook(note)
+    first = start(tmp_path / "a", model, ROWS, max_steps=1, **options).rows[0]
+    assert seen == grads  # a reentrant checkpoint does without gradients the first time
+    assert first["grad_norm"] == pytest.approx(start(tmp_path / "b", rows=ROWS, max_steps=1).rows[0]["grad_norm"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batch_sizes_and_workers_of_training_and_evaluation(workers, tmp_path, monkeypatch):
+    collate, make, ahead = DataCollatorForPreference(pad_token_id=0), torch.utils.data.DataLoader.__init__, []
+
+    def note(features):
+        with (tmp_path / "batches").open("a") as file:
+            file.write(f"{len(features)} {os.getpid()}\n")
+        return collate(features)
+
+    def spy(self, *args, **options):
+        ahead.append(options.get("prefetch_factor"))
+        make(self, *args, **options)
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", spy)
+    args = DPOConfig(
+        per_device_train_batch_size=2, per_device_eval_batch_size=3, dataloader_num_workers=workers,
+        dataloader_prefetch_factor=5 if workers else None, eval_strategy="epoch", num_train_epochs=1,
+        output_dir=str(tmp_path), save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    given = {"train_dataset": ROWS[:5], "eval_dataset": ROWS[:7], "processing_class": make_tokenizer()}
+    train(make_model(), args=args, data_collator=note, **given)
+    sizes, processes = zip(*(map(int, line.split()) for line in (tmp_path / "batches").open()), strict=True)
+    assert sizes == (2, 2, 1, 3, 3, 1)
+    assert (os.getpid() in processes) == (workers == 0)
+    assert ahead[0] == (5 if workers else None)
+
+
+class NotingTokenizer(PreTrainedTokenizerFast):
+    """Writes down which process it is called in."""
+
+    def __call__(self, *args, **options):
+        with Path(self.notes).open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return super().__call__(*args, **options)
+
+
+def test_as_many_processes_tokenise_as_are_wanted(tmp_path):
+    tokenizer = make_tokenizer()
+    noting = NotingTokenizer(tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token)
+    noting.notes = str(tmp_path / "processes")
+    args = DPOConfig(output_dir=str(tmp_path), max_steps=1, save_strategy="no", disable_tqdm=True, dataset_num_proc=2)
+    train(make_model(), args=args, train_dataset=ROWS, processing_class=noting)
+    assert len(set((tmp_path / "processes").read_text().split()) - {str(os.getpid())}) == 2
+
+
+def test_padding_value_fills_the_padding(tmp_path):
+    model, seen = make_model(), set()
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: seen.update(inputs[0][0].tolist()))
+    start(tmp_path, model, ROWS, max_steps=1, padding_value=333)
+    assert 333 in seen and make_tokenizer().pad_token_id not in seen
+
+
+def test_torch_is_set_as_the_options_say(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model, **options: compiled.append(options))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = {"max_steps": 1, "use_cpu": True, "torch_compile": True, "torch_compile_mode": "reduce-overhead"}
+    run = start(tmp_path / "a", tf32=True, full_determinism=True, torch_compile_backend="eager", **options)
+    assert torch.get_float32_matmul_precision() == "high" and torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    assert run.model.device.type == "cpu"
+    assert compiled == [{"backend": "eager", "mode": "reduce-overhead"}] * 2  # policy and reference
+    start(tmp_path / "b", max_steps=1, use_cpu=True, tf32=False)
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.are_deterministic_algorithms_enabled()
+    assert len(compiled) == 2
+
+
+@pytest.mark.slow
+def test_a_compiled_run_trains_the_same(tmp_path):
+    plain, compiled = (
+        start(tmp_path / name, rows=ROWS, **options).model.state_dict()
+        for name, options in (("a", {}), ("b", {"torch_compile": True, "torch_compile_backend": "eager"}))
+    )
+    assert all(torch.allclose(compiled[name], value, atol=1e-5) for name, value in plain.items())
+
+
+def test_process_options_reach_torch_distributed(tmp_path, monkeypatch):
+    """A world of two whose other process is made up by PyTorch's "fake" backend; it ends where DDP would begin."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    asked, join = {}, torch.distributed.init_process_group
+
+    def spy_join(backend, timeout):
+        asked.update(backend=backend, timeout=timeout.seconds)
+        join("fake", store=FakeStore(), rank=0, world_size=2)
+
+    class Reached(Exception):
+        pass
+
+    def spy_parallel(self, module, find_unused_parameters=False, **_):
+        asked.update(find_unused_parameters=find_unused_parameters)
+        raise Reached
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", spy_join)
+    monkeypatch.setattr(torch.nn.parallel.DistributedDataParallel, "__init__", spy_parallel)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for unused in (True, False):
+        with pytest.raises(Reached):
+            start(tmp_path, use_cpu=True, ddp_backend="gloo", ddp_timeout=7, ddp_find_unused_parameters=unused)
+        torch.distributed.destroy_process_group()
+        assert asked == {"backend": "gloo", "timeout": 7, "find_unused_parameters": unused}
+
+
+# ------------------------------------------------------------------------------------------------- when things happen
+
+
+def test_intervals_are_steps_or_shares_of_all_steps(tmp_path):
+    options = {"num_train_epochs": 4, "eval_strategy": "steps", "save_strategy": "steps", "save_only_model": True}
+    options |= {"logging_steps": 5, "eval_steps": 0.5, "save_steps": 0.25, "eval_on_start": True}
+    run = start(tmp_path, rows=ROWS, eval_rows=ROWS[:3], **options)
+    assert [row["step"] for row in run.rows if "loss" in row] == [1, 5, 10, 12]
+    assert [row["step"] for row in run.rows if "eval_loss" in row] == [0, 6, 12]
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (3, 6, 9, 12)}
+    assert not list(tmp_path.glob("checkpoint-*/*.pt"))
+    with pytest.raises(ValueError, match="saved with save_only_model"):
+        start(tmp_path, resume_from_checkpoint="true", num_train_epochs=4)
+    usual = start(tmp_path / "b", rows=ROWS, eval_rows=ROWS[:3], logging_steps=2, eval_strategy="steps")
+    assert [row["step"] for row in usual.rows if "eval_loss" in row] == [2, 3]  # as logging_steps
+
+
+def test_old_checkpoints_go_beyond_save_total_limit(tmp_path):
+    start(tmp_path, rows=ROWS, num_train_epochs=4, save_strategy="epoch", save_total_limit=2)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-12"}
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater", "best"), [("score", None, 2), ("score", False, 3), ("my_loss", None, 3), ("my_loss", True, 2)]
+)
+def test_the_best_model_is_the_one_of_the_greatest_or_the_least_metric(metric, greater, best, tmp_path):
+    values = iter([2.0, 3.0, 1.0, 2.5])
+    options = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+    options |= {"metric_for_best_model": metric, "greater_is_better": greater, "max_steps": 4}
+    run = start(tmp_path, eval_rows=ROWS[:2], compute_metrics=lambda _: {metric: next(values)}, **options)
+    kept = AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{best}").state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in run.model.state_dict().items())
+
+
+def test_layout_is_that_of_the_batches_and_is_refused_where_a_collator_of_the_callers_makes_them(tmp_path):
+    """Each layout that there is gives the model one row of [prompt, completion, padding] for each sequence."""
+    for layout in ("auto", "padded"):
+        model, shapes = make_model(), []
+        model.register_forward_pre_hook(
+            lambda _, __, inputs, shapes=shapes: shapes.append(inputs["logits_to_keep"].shape), with_kwargs=True
+        )
+        run = start(tmp_path / layout, model=model, rows=ROWS[:8], max_steps=1, layout=layout)
+        assert run.collator.layout == "padded"
+        longest = max(run.train_rows["length"])
+        assert shapes == [(16, longest)] * 2  # policy and reference, chosen over rejected
+    collator = DataCollatorForPreference(pad_token_id=0)  # of the plain layout, which the loader makes ready
+    plain = start(tmp_path / "plain", rows=ROWS[:8], max_steps=1, data_collator=collator)
+    assert torch.equal(plain.model.lm_head.weight, run.model.lm_head.weight)
+    for options in ({"layout": "padded"}, {"padding_value": 3}):
+        with pytest.raises(ValueError, match="a data_collator has its own layout and padding: leave out layout"):
+            start(tmp_path / "refused", data_collator=collator, **options)

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import logging
+import math
 import os
 import random
 from pathlib import Path
@@ -19,14 +20,15 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from dpo import data, sources
-from dpo.data import prepare_dataset, render_row, split_prompt, tokenize_row, truncate_row
+from dpo.data import prepare_dataset, split_prompt, tokenize_row, truncate_row
 from dpo.sources import load_preferences
 
 PAIR = {"prompt": "the sky is", "chosen": " blue", "rejected": " green"}
 USER = {"role": "user", "content": "sky?"}
 BLUE, GREEN = {"role": "assistant", "content": "blue"}, {"role": "assistant", "content": "green"}
 CHAT = {"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN]}
-BOS_TOKENIZER = make_tokenizer(bos=True)
+LINE = json.dumps(PAIR)
+CHAT_TOKENIZER, BOS_TOKENIZER = make_tokenizer(), make_tokenizer(bos=True)
 
 
 @pytest.fixture(autouse=True)
@@ -119,44 +121,49 @@ def write_as(kind: str, rows: list[dict], folder: Path) -> str:
 def test_every_file_format_gives_the_rows_it_holds(kind, tmp_path):
     rows = [*make_rows(3), {"prompt": 'a "quoted",\n line', "chosen": " é 😀", "rejected": " \\ ü"}]
     assert rows_of(write_as(kind, rows, tmp_path)) == rows
+    if kind != "csv":
+        rows = make_rows(3, conversational=True)
+        (tmp_path / "talks").mkdir()
+        assert rows_of(write_as(kind, rows, tmp_path / "talks")) == rows
 
 
-@pytest.mark.parametrize("kind", ["json", "jsonl", "jsonl.gz", "parquet", "arrow"])
-def test_every_nested_file_format_keeps_conversations(kind, tmp_path):
-    rows = make_rows(3, conversational=True)
-    assert rows_of(write_as(kind, rows, tmp_path)) == rows
-
-
-def test_csv_texts_stay_as_they_are_written(tmp_path):
+@pytest.mark.parametrize("mark", ["", "\ufeff"], ids=["plain", "byte-order mark"])
+def test_csv_texts_stay_as_they_are_written(mark, tmp_path):
     rows = [
         {"prompt": "NA", "chosen": "12", "rejected": "0013"},
-        {"prompt": "", "chosen": "null", "rejected": "1e5"},
-        {"prompt": "nan", "chosen": "True", "rejected": "2024-01-02"},
+        {"prompt": "", "chosen": "7", "rejected": "1e5"},
+        {"prompt": "nan", "chosen": "0.50", "rejected": "2024-01-02"},
     ]
-    assert rows_of(write_as("csv", rows, tmp_path)) == rows
-
-
-def test_an_empty_csv_field_is_reported_as_empty(tmp_path):
-    path = tmp_path / "pairs.csv"
-    path.write_text("prompt,chosen,rejected\np,a,b\np,,b\n")
+    path = Path(write_as("csv", rows, tmp_path))
+    path.write_text(mark + path.read_text())
+    assert rows_of(path) == rows
+    path.write_text(f"{mark}prompt,chosen,rejected\np,a,b\np,,b\n")
     assert f"{path}, row 2: column 'chosen' is empty" in refusal(path)
 
 
-def test_objects_are_taken_as_they_are():
+def test_a_byte_order_mark_is_no_part_of_json(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\ufeff" + LINE + "\n")
+    assert rows_of(path) == [PAIR]
+    path.write_text("\ufeff" + LINE + "\n" + LINE[:-4])
+    assert refusal(path).startswith(f"{path}, line 2: not valid JSON")
+
+
+def test_a_path_may_begin_with_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_jsonl(tmp_path / "pairs.jsonl", [PAIR])
+    assert rows_of("~/pairs.jsonl") == [PAIR]
+
+
+def test_objects_are_taken_as_they_are(tokenizer):
     rows = make_rows(4)
-    assert rows_of(Dataset.from_list(rows)) == rows_of(rows) == rows
-    both = DatasetDict(train=Dataset.from_list(rows[:3]), test=Dataset.from_list(rows[3:]))
+    table = Dataset.from_list(rows)
+    assert rows_of(table) == rows_of(rows) == rows
+    both = DatasetDict(train=table.select(range(3)), test=table.select([3]))
     assert (rows_of(both), rows_of(both, split="test")) == (rows[:3], rows[3:])
     assert "no split 'valid': take one of train, test" in refusal(both, split="valid")
-
-
-def test_a_format_that_the_caller_set_changes_nothing(tokenizer):
-    rows = Dataset.from_list(make_rows(3))
-    assert [*prepared(rows.with_format("torch"), tokenizer)] == [*prepared(rows, tokenizer)]
-
-
-def test_a_list_keeps_a_column_that_only_later_rows_have():
-    assert rows_of([{"chosen": "a", "rejected": "b"}, PAIR])[1] == PAIR
+    assert [*prepared(table.with_format("torch"), tokenizer)] == [*prepared(table, tokenizer)]
+    assert rows_of([{"chosen": "a", "rejected": "b"}, PAIR])[1] == PAIR  # a column that only later rows have
 
 
 def test_a_directory_of_files_is_split_by_their_names(tmp_path):
@@ -252,15 +259,6 @@ def test_the_prompt_of_conversations_is_found(row, prompt):
     assert split_prompt(row.get("prompt"), [row["chosen"], row["rejected"]]) == (prompt, [[BLUE], [GREEN]])
 
 
-def test_conversations_become_prompt_and_completions_of_the_chat_template(tokenizer):
-    row = {"prompt": [SYSTEM, USER], "chosen": [BLUE], "rejected": [GREEN], "source": "x", "score": 3}
-    assert texts(tokenizer, prepared([row], tokenizer)[0]) == (
-        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nsky?<|im_end|>\n<|im_start|>assistant\n",
-        "blue<|im_end|>",
-        "green<|im_end|>",
-    )
-
-
 @pytest.mark.parametrize("as_text", [True, False])
 def test_tools_reach_the_chat_template_without_the_nulls_of_the_table(as_text):
     tokenizer = make_tokenizer("{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}" + CHATML)
@@ -274,64 +272,61 @@ def test_tools_reach_the_chat_template_without_the_nulls_of_the_table(as_text):
         assert json.loads(line.removeprefix("TOOLS ")) == tool
 
 
-def test_a_template_that_is_not_prefix_stable_is_split_at_the_common_start_and_counted(caplog):
-    tokenizer = make_tokenizer(
-        "{% for m in messages %}[{{ loop.index }} of {{ messages | length }}] {{ m['content'] }}\n{% endfor %}"
-    )
-    row = prepared([CHAT, CHAT], tokenizer)[1]
-    assert texts(tokenizer, row) == (
-        "[1 of ",
-        "2] sky?\n[2 of 2] blue\n<|im_end|>",
-        "2] sky?\n[2 of 2] green\n<|im_end|>",
-    )
-    assert "2 of 2 rows" in caplog.text and "not prefix-stable" in caplog.text
+TURNS = "<|im_start|>user\nsky?<|im_end|>\n<|im_start|>assistant\n"
+WITH_BOS = make_tokenizer("{{ bos_token }}" + CHATML, bos=True)
+COUNTED = make_tokenizer(
+    "{% for m in messages %}[{{ loop.index }}/{{ messages | length }}] {{ m['content'] }}\n{% endfor %}"
+)
+METASPACE = sentencepiece_like("first")  # it has a BOS token but does not put it before a text
+LONG = {"prompt": "the sky is very blue", "chosen": " now today", "rejected": " here"}
 
 
-# ---------------------------------------------------------------------------------------------------------- BOS and EOS
-
-
-def test_plain_text_begins_with_exactly_one_bos_where_the_tokenizer_adds_one():
-    bos = BOS_TOKENIZER.bos_token_id
-    rows = prepared([PAIR, {**PAIR, "prompt": "<s>the sky is"}], BOS_TOKENIZER)
-    for row in rows:
-        assert row["prompt_input_ids"][0] == bos
-        assert [bos] not in [row["prompt_input_ids"][i : i + 1] for i in range(1, 9)]
-        assert bos not in row["chosen_input_ids"] + row["rejected_input_ids"]
-    assert rows[0] == rows[1]
-
-
-def test_no_bos_where_the_tokenizer_adds_none(tokenizer):
-    assert texts(tokenizer, prepared([PAIR], tokenizer)[0])[0] == "the sky is"
-    defined = sentencepiece_like("first")  # it has a BOS token but does not put it before a text
-    assert defined.bos_token_id not in prepared([PAIR], defined)[0]["prompt_input_ids"]
-
-
-def test_chat_template_text_gets_no_bos():
-    assert BOS_TOKENIZER.bos_token_id not in prepared([CHAT], BOS_TOKENIZER)[0]["prompt_input_ids"]
-    itself = make_tokenizer("{{ bos_token }}" + CHATML, bos=True)
-    assert prepared([CHAT], itself)[0]["prompt_input_ids"].count(itself.bos_token_id) == 1
-
-
-def test_a_row_without_a_prompt_starts_from_bos():
-    row = prepared([{"prompt": "", "chosen": "blue", "rejected": "green"}], BOS_TOKENIZER)[0]
-    assert texts(BOS_TOKENIZER, row) == ("<s>", "blue<|im_end|>", "green<|im_end|>")
-
-
-@pytest.mark.parametrize("end", ["", "<|im_end|>", "<|im_end|>\n", "<|im_end|>\n\n "])
-def test_completion_ends_with_exactly_one_eos(end, tokenizer):
-    row = prepared([{"prompt": "the sky is", "chosen": " blue" + end, "rejected": " green" + end}], tokenizer)[0]
-    assert texts(tokenizer, row) == ("the sky is", " blue<|im_end|>", " green<|im_end|>")
-
-
-def test_text_after_the_completion_keeps_its_spaces_where_no_eos_stands(tokenizer):
-    assert texts(tokenizer, tokenize_row({**PAIR, "chosen": " blue \n"}, tokenizer))[1] == " blue \n<|im_end|>"
-
-
-def test_a_truncated_completion_has_no_eos(tokenizer):
-    row = prepared(
-        [{"prompt": "the", "chosen": " blue sky now", "rejected": " red"}], tokenizer, max_completion_length=3
-    )
-    assert texts(tokenizer, row[0]) == ("the", " blue sky now", " red<|im_end|>")
+@pytest.mark.parametrize(
+    ("row", "tokenizer", "limits", "expected"),
+    [
+        # ---- conversations, as the chat template renders them
+        (CHAT, CHAT_TOKENIZER, {}, (TURNS, "blue", "green")),
+        ({**CHAT, "prompt": [SYSTEM, USER], "source": "x", "score": 3}, CHAT_TOKENIZER, {},
+         ("<|im_start|>system\nbe brief<|im_end|>\n" + TURNS, "blue", "green")),
+        ({**CHAT, "prompt": [USER, GREEN]}, CHAT_TOKENIZER, {},  # no turn of the assistant is asked for
+         (TURNS + "green<|im_end|>\n", "<|im_start|>assistant\nblue", "<|im_start|>assistant\ngreen")),
+        ({**CHAT, "chosen": [USER, BLUE]}, CHAT_TOKENIZER, {},  # repeated in one completion alone
+         ("<|im_start|>user\nsky?<|im_end|>\n<|im_start|>",
+          "user\nsky?<|im_end|>\n<|im_start|>assistant\nblue", "assistant\ngreen")),
+        (CHAT, COUNTED, {}, ("[1/", "2] sky?\n[2/2] blue\n", "2] sky?\n[2/2] green\n")),  # not prefix-stable
+        # ---- BOS: where the tokenizer puts one before a text, not before a conversation
+        (PAIR, BOS_TOKENIZER, {}, ("<s>the sky is", " blue", " green")),
+        ({**PAIR, "prompt": "<s>the sky is"}, BOS_TOKENIZER, {}, ("<s>the sky is", " blue", " green")),
+        ({**PAIR, "prompt": ""}, BOS_TOKENIZER, {}, ("<s>", " blue", " green")),
+        (PAIR, CHAT_TOKENIZER, {}, ("the sky is", " blue", " green")),
+        ({**PAIR, "prompt": "the sky"}, METASPACE, {}, ("the sky", "blue", "green")),
+        (CHAT, BOS_TOKENIZER, {}, (TURNS, "blue", "green")),
+        (CHAT, WITH_BOS, {}, ("<s>" + TURNS, "blue", "green")),
+        # ---- EOS: exactly one
+        *(({**PAIR, "chosen": " blue" + end, "rejected": " green" + end}, CHAT_TOKENIZER, {},
+           ("the sky is", " blue", " green")) for end in ("<|im_end|>", "<|im_end|>\n", "<|im_end|>\n\n ")),
+        ({**PAIR, "chosen": " blue \n"}, CHAT_TOKENIZER, {}, ("the sky is", " blue \n", " green")),
+        # ---- limits; a completion that is cut has no EOS
+        ({**LONG}, CHAT_TOKENIZER, {}, ("the sky is very blue", " now today", " here")),
+        (LONG, CHAT_TOKENIZER, {"max_prompt_length": 2}, (" very blue", " now today", " here")),
+        (LONG, CHAT_TOKENIZER, {"max_prompt_length": 1, "truncation_mode": "keep_start"},
+         ("the", " now today", " here")),
+        (LONG, CHAT_TOKENIZER, {"max_completion_length": 1}, ("the sky is very blue", " now✂", " here✂")),
+        (LONG, CHAT_TOKENIZER, {"max_length": 5}, (" very blue", " now today", " here")),
+        (LONG, CHAT_TOKENIZER, {"max_length": 3}, (" blue", " now today✂", " here")),
+        (LONG, CHAT_TOKENIZER, {"max_length": 6, "truncation_mode": "keep_start"},
+         ("the sky is very blue", " now✂", " here✂")),
+        (LONG, CHAT_TOKENIZER, {"max_length": 4, "max_completion_length": 1}, (" is very blue", " now✂", " here✂")),
+    ],
+)  # fmt: skip
+def test_rows_become_these_tokens(row, tokenizer, limits, expected):
+    """Without BOS and EOS told: completions end with EOS unless they are ✂ cut."""
+    prompt, *completions = expected
+    ends = [text.removesuffix("✂") if text.endswith("✂") else text + tokenizer.eos_token for text in completions]
+    done = prepared([row], tokenizer, **limits)[0]
+    assert texts(tokenizer, done) == (prompt, *ends)
+    longest = max(len(done["chosen_input_ids"]), len(done["rejected_input_ids"]))
+    assert done["length"] == len(done["prompt_input_ids"]) + longest
 
 
 def test_add_special_tokens_puts_bos_and_eos_around_the_prompt():
@@ -375,23 +370,6 @@ def test_no_space_comes_between_prompt_and_completion(kind):
     assert pieces == [["▁the"], ["blue", "</s>"], ["▁green", "</s>"]]
 
 
-def test_rows_that_tokenise_otherwise_in_one_piece_are_counted(tokenizer, caplog):
-    caplog.set_level(logging.WARNING)
-    split_word = {"prompt": "the sk", "chosen": "y", "rejected": "i"}  # " sky" is one token
-    split_word_of_rejected = {"prompt": "the sk", "chosen": " i", "rejected": "y"}
-    spaces_at_the_end = {"prompt": "the sky", "chosen": " is blue\n\n", "rejected": " is <|im_end|>\n"}
-    prepared([split_word, PAIR, spaces_at_the_end, split_word_of_rejected], tokenizer)
-    assert [record.getMessage() for record in caplog.records] == [
-        "2 of 4 rows of dataset have other tokens at the prompt's end when tokenised in one piece: kept apart"
-    ]
-
-
-@pytest.mark.parametrize("tokenizer", [BOS_TOKENIZER, sentencepiece_like("first")], ids=["byte-level", "metaspace"])
-def test_good_rows_are_not_talked_about(tokenizer, caplog):
-    prepared([PAIR, {**PAIR, "prompt": "<s>the sky is"}, *make_rows(20)], tokenizer)
-    assert caplog.text == ""
-
-
 def test_the_example_of_the_document():
     folder = os.environ.get("GPT2_VOCAB_DIR")
     if not folder:
@@ -419,80 +397,80 @@ LIMIT = st.none() | st.integers(1, 12)
 
 
 @given(
-    sizes=st.tuples(st.integers(1, 10), st.integers(1, 10), st.integers(1, 10)),
+    sizes=st.lists(st.integers(1, 10), min_size=3, max_size=5),
+    several=st.booleans(),
     bos=st.booleans(),
-    max_prompt_length=LIMIT,
-    max_completion_length=LIMIT,
-    max_length=LIMIT,
+    limits=st.tuples(LIMIT, LIMIT, LIMIT),
     mode=st.sampled_from(["keep_end", "keep_start"]),
 )
-def test_truncation_keeps_the_most_that_fits(sizes, bos, max_prompt_length, max_completion_length, max_length, mode):
-    prompt, chosen, rejected = (list(range(100 * i, 100 * i + size)) for i, size in enumerate(sizes, start=1))
+def test_truncation_keeps_the_most_that_fits(sizes, several, bos, limits, mode):
+    """Of a prompt and a chosen completion, and one that is rejected or a list of several."""
+    prompt, chosen, *rejected = (list(range(100 * i, 100 * i + size)) for i, size in enumerate(sizes, start=1))
+    rejected = rejected if several else rejected[:1]
+    names = ("max_prompt_length", "max_completion_length", "max_length")
+    row = {"prompt_input_ids": prompt, "chosen_input_ids": chosen}
     cut = truncate_row(
-        {"prompt_input_ids": prompt, "chosen_input_ids": chosen, "rejected_input_ids": rejected},
+        row | {"rejected_input_ids": rejected if several else rejected[0]},
         bos_token_id=100 if bos else None,  # the prompt's first id
-        max_prompt_length=max_prompt_length,
-        max_completion_length=max_completion_length,
-        max_length=max_length,
         truncation_mode=mode,
+        **dict(zip(names, limits, strict=True)),
     )
-    most = [
-        float("inf") if limit is None else limit for limit in (max_prompt_length, max_completion_length, max_length)
-    ]
+    most = [math.inf if limit is None else limit for limit in limits]
 
-    longest = max(n for n in range(11) if n <= most[1] and n <= max(len(chosen), len(rejected)))
+    longest = min(most[1], max(map(len, [chosen, *rejected])))
     fitting = [n for n in range(1, len(prompt) + 1) if n <= most[0]]
     if mode == "keep_end":
         fitting = [n for n in fitting if n + longest <= most[2]] or [1]
     left = cut["prompt_input_ids"]
     assert len(left) == max(fitting)
     front = 1 if bos and len(left) > 1 else 0
-    assert left[:front] == prompt[:front]
-    if mode == "keep_end":
-        assert left[front:] == prompt[len(prompt) - len(left) + front :]
-    else:
-        assert left == prompt[: len(left)]
+    end = len(prompt) - len(left) + front if mode == "keep_end" else front
+    assert left == prompt[:front] + prompt[end:][: len(left) - front]
 
-    for whole, part in ((chosen, cut["chosen_input_ids"]), (rejected, cut["rejected_input_ids"])):
+    parts = [cut["chosen_input_ids"], *(cut["rejected_input_ids"] if several else [cut["rejected_input_ids"]])]
+    for whole, part in zip([chosen, *rejected], parts, strict=True):
         room = [n for n in range(1, len(whole) + 1) if n <= most[1] and len(left) + n <= most[2]]
         assert part == whole[: max(room, default=0)]
-    if len(prompt) <= most[0] and longest == max(sizes[1:]) and len(prompt) + longest <= most[2]:
-        assert list(cut.values()) == [prompt, chosen, rejected]
+
+
+LONG_PROMPT = {**PAIR, "prompt": "the sky is very very blue now"}
 
 
 @pytest.mark.parametrize(
-    ("limits", "expected"),
+    ("rows", "options", "expected"),
     [
-        ({}, ("the sky is very blue", " now today<|im_end|>", " here<|im_end|>")),
-        ({"max_prompt_length": 2}, (" very blue", " now today<|im_end|>", " here<|im_end|>")),
-        ({"max_prompt_length": 1, "truncation_mode": "keep_start"}, ("the", " now today<|im_end|>", " here<|im_end|>")),
-        ({"max_completion_length": 1}, ("the sky is very blue", " now", " here")),
-        ({"max_length": 5}, (" very blue", " now today<|im_end|>", " here<|im_end|>")),
-        ({"max_length": 3}, (" blue", " now today", " here<|im_end|>")),
-        ({"max_length": 6, "truncation_mode": "keep_start"}, ("the sky is very blue", " now", " here")),
-        ({"max_length": 4, "max_completion_length": 1}, (" is very blue", " now", " here")),
+        ([PAIR, *make_rows(20)], {}, None),
+        ([PAIR, {**PAIR, "prompt": "<s>the sky is"}], {"tokenizer": BOS_TOKENIZER}, None),
+        ([PAIR], {"tokenizer": METASPACE}, None),
+        # " sky" is one token; what follows a completion's first token does not matter.
+        ([PAIR, {"prompt": "the sk", "chosen": "y", "rejected": "i"},
+          {"prompt": "the sk", "chosen": "y", "rejected": "y now"},
+          {"prompt": "the sky", "chosen": " is blue\n\n", "rejected": " is <|im_end|>\n"}], {},
+         "2 of 4 rows of dataset have other tokens at the prompt's end when tokenised in one piece: kept apart"),
+        ([CHAT, CHAT], {"tokenizer": COUNTED},
+         "2 of 2 rows of dataset rendered by a chat template that is not prefix-stable: split at the common start"),
+        ([LONG_PROMPT, PAIR], {"max_prompt_length": 5}, "1 of 2 rows of dataset truncated to max_prompt_length"),
+        ([LONG, PAIR, LONG], {"max_completion_length": 2}, "2 of 3 rows of dataset truncated to max_prompt_length"),
+        ([LONG_PROMPT, PAIR, LONG_PROMPT], {"max_length": 5, "truncation_mode": "keep_start"},
+         "2 of 3 rows of dataset left out: truncation would leave nothing of a completion (raise max_length)"),
+        ([{"prompt": "the", "chosen": " sky is blue", "rejected": " sky is green"}, PAIR], {"max_completion_length": 2},
+         "1 of 2 rows of dataset teach nothing: truncation leaves the same of chosen and rejected"),
+        ([{"prompt": "the", "chosen": " sky is", "rejected": [" sky now", " red"]},  # a ranking of which some is left
+          {"prompt": "the", "chosen": " sky is", "rejected": [" sky now", " sky"]}],
+         {"max_completion_length": 1, "ranked": True}, "1 of 2 rows of dataset teach nothing"),
+        ([PAIR, {**PAIR, "chosen": ""}], {"skip_bad_rows": True}, "1 of 2 rows of dataset left out as bad rows"),
     ],
 )  # fmt: skip
-def test_limits_reach_the_rows_of_a_dataset(limits, expected, tokenizer):
-    row = {"prompt": "the sky is very blue", "chosen": " now today", "rejected": " here"}
-    done = prepared([row], tokenizer, **limits)[0]
-    assert texts(tokenizer, done) == expected
-    assert done["length"] == len(tokenizer(expected[0] + max(expected[1:], key=len))["input_ids"])
-
-
-def test_rows_that_lose_a_whole_completion_are_dropped_counted_and_said(tokenizer, caplog):
-    long = {**PAIR, "prompt": "the sky is very very blue now"}
-    rows = prepared([long, PAIR, long], tokenizer, max_length=5, truncation_mode="keep_start")
-    assert [texts(tokenizer, row)[0] for row in rows] == ["the sky is"]
-    assert "2 of 3 rows of dataset left out: truncation would leave nothing of a completion" in caplog.text
-    message = refusal([long, long], tokenizer, max_length=5, truncation_mode="keep_start")
-    assert "no row is left" in message and "of 2 truncation" in message and "raise max_length" in message
-
-
-def test_rows_cut_to_equal_completions_are_counted(tokenizer, caplog):
-    alike = {"prompt": "the", "chosen": " sky is blue", "rejected": " sky is green"}
-    prepared([alike, PAIR], tokenizer, max_completion_length=2)
-    assert "1 of 2 rows of dataset teach nothing" in caplog.text
+def test_what_is_worth_knowing_about_rows_is_counted_and_said(rows, options, expected, caplog):
+    caplog.set_level(logging.WARNING)
+    done = prepared(rows, **{"tokenizer": CHAT_TOKENIZER, **options})
+    messages = [record.getMessage() for record in caplog.records]
+    if expected is None:
+        assert not messages
+    else:
+        assert any(message.startswith(expected) for message in messages)
+        left_out = int(expected.split()[0]) if "left out" in expected else 0
+        assert len(done) == len(rows) - left_out
 
 
 # ------------------------------------------------------------------------------------------------------------- rankings
@@ -515,7 +493,7 @@ def ranking_texts(tokenizer, row: dict) -> list[str]:
 @pytest.mark.parametrize("row", [RANKING, SCORED], ids=["rejected is a list", "completions with scores"])
 def test_rankings_become_token_ids_best_first(row, source, tmp_path, tokenizer):
     rows = [row] if source == "a list" else write_as(source, [row], tmp_path)
-    done = prepared(rows, tokenizer, ranked=True, scored=True)
+    done = prepared(rows, tokenizer, ranked=True, read_scores=True)
     ends = [f"{text}<|im_end|>" for text in (" blue", " grey", " red now", " green")]
     assert ranking_texts(tokenizer, done[0]) == ["the sky is", *ends]
     longest = max(len(ids) for ids in (done[0]["chosen_input_ids"], *done[0]["rejected_input_ids"]))
@@ -558,37 +536,15 @@ def test_scores_of_two_completions_make_a_pair(tokenizer):
     assert prepared([{**PAIR, "rejected": [PAIR["rejected"]]}], tokenizer)[0] == prepared([PAIR], tokenizer)[0]
 
 
-def test_equal_scores_are_taken_where_ties_are_allowed_in_the_order_they_have(tokenizer):
-    row = {"prompt": "the", "completions": [" sky", " blue", " red"], "scores": [1, 2, 1]}
-    assert "equal ones are no ranking (loss_type exo takes them)" in refusal([row], tokenizer, ranked=True)
-    done = prepared([row], tokenizer, ranked=True, scored=True, allow_ties=True)[0]
+def test_completions_and_scores_may_stand_twice_where_ties_are_allowed_unless_all_are_equal(tokenizer):
+    options, row = {"ranked": True, "read_scores": True, "allow_ties": True}, {"prompt": "the", "scores": [1, 2, 1]}
+    done = prepared([{**row, "completions": [" sky", " blue", " red"]}], tokenizer, **options)[0]
     assert ranking_texts(tokenizer, done)[1:] == [f"{text}<|im_end|>" for text in (" blue", " sky", " red")]
     assert done["scores"] == [2, 1, 1]
-
-
-@given(
-    rejected=st.lists(st.lists(st.integers(5, 90), min_size=1, max_size=8), min_size=1, max_size=4),
-    prompt=st.lists(st.integers(5, 90), min_size=1, max_size=8),
-    limits=st.fixed_dictionaries(
-        {
-            "max_prompt_length": st.none() | st.integers(1, 9),
-            "max_completion_length": st.none() | st.integers(1, 9),
-            "max_length": st.none() | st.integers(2, 12),
-            "truncation_mode": st.sampled_from(["keep_end", "keep_start"]),
-        }
-    ),
-)
-def test_a_ranking_is_cut_as_the_pair_with_its_longest_completion_is(rejected, prompt, limits):
-    row = {"prompt_input_ids": prompt, "chosen_input_ids": [1, 2, 3], "rejected_input_ids": rejected}
-    cut = truncate_row(row, **limits)
-    longest = max(range(len(rejected)), key=lambda i: len(rejected[i]))
-    pair = truncate_row({**row, "rejected_input_ids": rejected[longest]}, **limits)
-    assert cut["prompt_input_ids"] == pair["prompt_input_ids"] and cut["chosen_input_ids"] == pair["chosen_input_ids"]
-    assert cut["rejected_input_ids"][longest] == pair["rejected_input_ids"]
-    limit = max(map(len, (pair["chosen_input_ids"], pair["rejected_input_ids"])))
-    for whole, part in zip(rejected, cut["rejected_input_ids"], strict=True):
-        assert part == whole[: len(part)] and len(part) <= limit
-        assert len(part) == len(whole) or len(part) == limit or limits["max_length"] is not None
+    for completions in ([" a", " b", " b"], [" a", " a", " b"]):
+        assert len(prepared([{**row, "completions": completions}], tokenizer, **options)) == 1
+    equal = {"prompt": "p", "completions": [" a", " a"], "scores": [2, 1]}
+    assert "are equal: there is no preference to learn" in refusal([equal], tokenizer, **options)
 
 
 BAD_RANKINGS = {
@@ -601,12 +557,12 @@ BAD_RANKINGS = {
     "kinds": ({**RANKING, "rejected": [" grey", [BLUE]]}, "columns 'chosen' and 'rejected' number 2 differ in kind"),
     "message": ({**CHAT, "rejected": [[BLUE], [{"role": "user"}]]}, "column 'rejected' number 2, message 1 has no 'c"),
     "one": ({**SCORED, "completions": [" red"], "scores": [1]}, "column 'completions' must be a list of two or more"),
-    "text": ({**SCORED, "completions": " red"}, "column 'completions' must be a list of two or more texts, or conver"),
+    "text": ({**SCORED, "completions": " red"}, "column 'completions' must be a list of two or more texts, or li"),
     "messages": ({**SCORED, "completions": [BLUE, GREEN]}, "column 'completions' must be a list of two or more texts"),
-    "fewer": ({**SCORED, "scores": [1, 2, 3]}, "column 'scores' must be a list of 4 numbers, one for each of 'comple"),
-    "none": ({**SCORED, "scores": None}, "column 'scores' must be a list of 4 numbers"),
-    "words": ({**SCORED, "scores": [1, 2, 3, "4"]}, "column 'scores' is [1, 2, 3, '4']: each must be a number"),
-    "nan": ({**SCORED, "scores": [1, 2, 3, float("nan")]}, "column 'scores' is [1.0, 2.0, 3.0, nan]: each must be a n"),
+    "fewer": ({**SCORED, "scores": [1, 2, 3]}, "column 'scores' is [1.0, 2.0, 3.0]: give 4 numbers, one for each"),
+    "none": ({**SCORED, "scores": None}, "column 'scores' is None: give 4 numbers, one for each completion"),
+    "words": ({**SCORED, "scores": [1, 2, 3, "4"]}, "column 'scores' is [1, 2, 3, '4']: give 4 numbers"),
+    "nan": ({**SCORED, "scores": [1, 2, 3, float("nan")]}, "column 'scores' is [1.0, 2.0, 3.0, nan]: give 4 n"),
     "ties": ({**SCORED, "scores": [1, 2, 3, 3]}, "column 'scores' is [1.0, 2.0, 3.0, 3.0]: equal ones are no"),
     "empty one": ({**SCORED, "completions": [" a", "", " b", " c"]}, "column 'completions' number 2 is empty"),
     "equal ones": ({**SCORED, "completions": [" a", " b", " c", " b"]}, "columns 'completions' number 2 and 'complet"),
@@ -622,31 +578,30 @@ def test_a_bad_ranking_is_named_by_row_and_column_or_left_out(name, tokenizer):
     assert len(prepared([bad, good, good], tokenizer, ranked=True, skip_bad_rows=True)) == 2
 
 
-def test_a_completion_may_stand_twice_where_ties_are_allowed_unless_all_are_equal(tokenizer):
-    options = {"ranked": True, "scored": True, "allow_ties": True}
-    for completions, scores in (([" a", " a", " b"], [2, 2, 1]), ([" a", " b", " b"], [2, 1, 1])):
-        assert len(prepared([{"prompt": "p", "completions": completions, "scores": scores}], tokenizer, **options)) == 1
-    equal = {"prompt": "p", "completions": [" a", " a"], "scores": [2, 1]}
-    assert "are equal: there is no preference to learn" in refusal([equal], tokenizer, **options)
-
-
 def test_scores_may_stand_beside_chosen_and_rejected_where_they_are_read(tokenizer):
-    options = {"ranked": True, "scored": True, "allow_ties": True}
+    options = {"ranked": True, "read_scores": True, "allow_ties": True}
     done = prepared([{**RANKING, "scores": [5, 2, 2, 1]}], tokenizer, **options)[0]
     assert done == prepared([RANKING], tokenizer, **options)[0] | {"scores": [5, 2, 2, 1]}
     for scores in ([1, 2, 3, 4], [3, 2, 1], "many", 7, [3, 2, 1, None]):
         message = refusal([{**RANKING, "scores": scores}], tokenizer, **options | {"allow_ties": False})
-        what = "they must fall" if scores == [1, 2, 3, 4] else "give 4 numbers, that of 'chosen' first"
+        what = "they must fall" if scores == [1, 2, 3, 4] else "give 4 numbers, one for each completion"
         assert message.startswith(f"dataset, row 1: column 'scores' is {scores}: {what}")
         assert len(prepared([{**RANKING, "scores": scores}], tokenizer, ranked=True)) == 1  # nobody reads them
 
 
 def test_scores_in_some_rows_only_are_refused_where_they_are_read(tokenizer, tmp_path):
     path = write_jsonl(tmp_path / "some.jsonl", [SCORED, SCORED, RANKING])
-    message = refusal(path, tokenizer, ranked=True, scored=True, allow_ties=True)
+    message = refusal(path, tokenizer, ranked=True, read_scores=True, allow_ties=True)
     assert message.startswith(f"{path}, row 3: it has no scores, 2 other rows have: loss_type exo takes them in all")
     done = prepared(path, tokenizer, ranked=True)
     assert len(done) == 3 and "scores" not in done.column_names
+
+
+def test_numbers_of_a_row_are_kept_where_all_parts_have_them(tokenizer):
+    parts = {name: Dataset.from_list([{**PAIR, **more}]) for name, more in (("a", {"weight": 2}), ("b", {}))}
+    assert prepare_dataset({"a": parts["a"]}, tokenizer)["weight"][:] == [2.0]
+    both = prepare_dataset(parts, tokenizer)
+    assert len(both) == 2 and "weight" not in both.column_names
 
 
 def test_other_columns_of_these_names_do_no_harm(tokenizer):
@@ -656,20 +611,6 @@ def test_other_columns_of_these_names_do_no_harm(tokenizer):
     assert "column 'chosen' is missing" in refusal([row, {**row, "chosen": None}], tokenizer)
     empty = [{**SCORED, "chosen": None}] * 2
     assert len(prepared(empty, tokenizer, ranked=True)) == 2
-
-
-@pytest.mark.parametrize("value", [5, {"a": "x"}, None, [], "text"], ids=str)
-def test_a_first_row_that_is_wrong_is_named_like_any_other(value, tokenizer):
-    rows = [{"prompt": "p", "completions": value, "scores": [1, 2]}] * 2
-    assert refusal(rows, tokenizer, ranked=True).startswith("dataset, row 1: column ")
-
-
-def test_rankings_are_refused_where_pairs_are_wanted(tokenizer):
-    for row in (RANKING, SCORED):
-        message = refusal([row], tokenizer)
-        assert message.startswith("dataset, row 1: it ranks more than two completions, the loss is one of pairs")
-    message = refusal([{"prompt": "a", "completions": ["b", "c"]}], tokenizer, ranked=True)
-    assert message.startswith("dataset: column 'scores' is missing; it has 'prompt', 'completions'")
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -716,62 +657,42 @@ def test_a_bad_row_is_named_by_file_row_and_column_or_left_out(name, tmp_path, c
     assert f"1 of 3 rows of {path} left out as bad rows" in caplog.text
 
 
-def test_a_bad_row_is_named_by_worker_processes_too(tmp_path, tokenizer):
-    path = write_jsonl(tmp_path / "pairs.jsonl", [*make_rows(5), {**PAIR, "chosen": ""}])
-    assert refusal(path, num_proc=2).startswith(f"{path}, row 6: column 'chosen' is empty")
-
-
-def test_a_dataset_of_nothing_but_numbers_or_bad_rows_is_refused(tmp_path):
-    numbers = write_jsonl(tmp_path / "numbers.jsonl", [{"prompt": "p", "chosen": 1, "rejected": 2}] * 3)
-    assert f"{numbers}, row 1: column 'chosen' is int" in refusal(numbers)
-    message = refusal(numbers, skip_bad_rows=True)
-    assert f"{numbers}: no row is left; 3 are bad" in message and "mend the rows" in message
-
-
-def test_a_column_that_no_row_has_is_named_with_those_there_are(tmp_path):
-    path = write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "p", "better": "a", "rejected": "b"}])
-    assert f"{path}: column 'chosen' is missing; it has 'prompt', 'better', 'rejected': add" in refusal(path)
-
-
-def test_an_empty_dataset_is_refused():
-    for empty in ([], Dataset.from_list([]), Dataset.from_list([PAIR]).select([])):
-        assert "dataset has no rows: it must hold at least one" in refusal(empty)
-
-
-def test_what_is_no_dataset_is_refused():
-    assert "not int" in refusal(3)
-    assert "dataset, row 2: is str: it must be a dict" in refusal([PAIR, "blue"])
-
-
-def test_conversations_need_a_chat_template(tokenizer, tmp_path):
-    path = write_jsonl(tmp_path / "chats.jsonl", [CHAT])
-    message = refusal(path, make_tokenizer(chat_template=None))
-    assert (
-        str(path) in message and "no chat template" in message and "save its tokenizer with a chat_template" in message
-    )
-    message = refusal([PAIR, CHAT], make_tokenizer(chat_template=None))
-    assert "dataset, row 2: column 'prompt' does not fit the chat template" in message
-
-
+NUMBERS = [{"prompt": "p", "chosen": 1, "rejected": 2}] * 3
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system\nrole') }}{% endif %}" + CHATML
+TALKS = [CHAT, {**CHAT, "prompt": [SYSTEM, USER]}]
 
 
-@pytest.mark.parametrize("num_proc", [None, 2])
-def test_a_chat_template_that_raises_is_reported_with_its_words(num_proc):
-    rows = [CHAT, {**CHAT, "prompt": [SYSTEM, USER]}]
-    message = refusal(rows, make_tokenizer(NO_SYSTEM), num_proc=num_proc)
-    assert message.startswith("dataset, row 2: column 'prompt' does not fit the chat template: no system")
-    assert len(prepared(rows, make_tokenizer(NO_SYSTEM), skip_bad_rows=True)) == 1
-
-
-def test_a_chat_template_that_is_broken_is_reported():
-    for template in ("{% for", "{{ messages[0]['content'] + 1 }}", "{{ messages[0].nothing.more }}"):
-        assert "dataset, row 1: column 'chosen' does not fit the chat template: " in refusal(
-            [{"chosen": [USER, BLUE], "rejected": [USER, GREEN]}], make_tokenizer(template)
-        )
-
-
-LINE = json.dumps(PAIR)
+@pytest.mark.parametrize(
+    ("source", "options", "expected"),
+    [
+        (3, {}, "a dataset is a name, a path, a datasets.Dataset or a list of dicts, not int"),
+        ([PAIR, "blue"], {}, "dataset, row 2: is str: it must be a dict"),
+        ([], {}, "dataset has no rows: it must hold at least one"),
+        (Dataset.from_list([PAIR]).select([]), {}, "dataset has no rows: it must hold at least one"),
+        ([{"prompt": "p", "better": "a", "rejected": "b"}], {},
+         "dataset: column 'chosen' is missing; it has 'prompt', 'better', 'rejected': add"),
+        ([{"prompt": "a", "completions": ["b", "c"]}], {"ranked": True},
+         "dataset: column 'scores' is missing; it has 'prompt', 'completions'"),
+        *(([{"prompt": "p", "completions": wrong, "scores": [1, 2]}] * 2, {"ranked": True}, "dataset, row 1: column ")
+          for wrong in (5, {"a": "x"}, None, [], "text")),
+        ([RANKING], {}, "dataset, row 1: it ranks more than two completions, the loss is one of pairs"),
+        ([SCORED], {}, "dataset, row 1: it ranks more than two completions, the loss is one of pairs"),
+        ([*make_rows(5), {**PAIR, "chosen": ""}], {"num_proc": 2}, "dataset, row 6: column 'chosen' is empty"),
+        (NUMBERS, {}, "dataset, row 1: column 'chosen' is int"),
+        (NUMBERS, {"skip_bad_rows": True}, "dataset: no row is left; 3 are bad"),
+        ([LONG_PROMPT] * 2, {"max_length": 5, "truncation_mode": "keep_start"},
+         "dataset: no row is left; 0 are bad and of 2 truncation would leave nothing of a completion"),
+        ([CHAT], {"tokenizer": make_tokenizer(None)}, "dataset, row 1: it is a conversation and the tok"),
+        ([PAIR, CHAT], {"tokenizer": make_tokenizer(None)}, "dataset, row 2: it is a conversation and the tok"),
+        *((TALKS, {"tokenizer": make_tokenizer(NO_SYSTEM), "num_proc": number},
+           "dataset, row 2: column 'prompt' does not fit the chat template: no system") for number in (None, 2)),
+        *(([{"chosen": [USER, BLUE], "rejected": [USER, GREEN]}], {"tokenizer": make_tokenizer(template)},
+           "dataset, row 1: column 'chosen' does not fit the chat template: ")
+          for template in ("{% for", "{{ messages[0]['content'] + 1 }}", "{{ messages[0].nothing.more }}")),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trained_on_is_refused_with_the_place(source, options, expected):
+    assert refusal(source, **options).startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -827,9 +748,8 @@ def test_worker_processes_give_the_same_rows(tokenizer):
     rows = make_rows(30, conversational=True)
     alone, shared = (prepared(rows, tokenizer, max_length=24, num_proc=number) for number in (None, 2))
     assert alone.to_list() == shared.to_list()
-    assert [texts(tokenizer, row)[1] for row in alone.select(range(3))] == [
-        render_row(row, tokenizer)["completions"][0].rstrip("\n") for row in rows[:3]
-    ]
+    answers = [row["chosen"][0]["content"] for row in rows[:3]]
+    assert [texts(tokenizer, row)[1] for row in alone.select(range(3))] == [f"{text}<|im_end|>" for text in answers]
 
 
 def test_parts_become_one_dataset_in_order(tmp_path, tokenizer):
@@ -848,10 +768,8 @@ def test_cached_rows_are_not_taken_after_a_change_of_template_or_code(tmp_path, 
     tokenizer.chat_template = "Hello. " + CHATML
     assert texts(tokenizer, prepared(path, tokenizer)[0])[0].startswith("Hello. <|im_start|>user")
 
-    edited = tmp_path / "data.py"
-    edited.write_text(Path(data.__file__).read_text() + "# edited\n")
     tokenizer.chat_template = CHATML
-    monkeypatch.setattr(data, "__file__", str(edited))
+    monkeypatch.setattr(data, "ROWS_VERSION", data.ROWS_VERSION + 1)
     ids = {"prompt_input_ids": [7], "chosen_input_ids": [8], "rejected_input_ids": [[9]]}
     monkeypatch.setattr(data, "tokenize_row", lambda *_, **__: ids)
     assert prepared(path, tokenizer)[0]["prompt_input_ids"] == [7]

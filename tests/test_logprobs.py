@@ -1,6 +1,7 @@
 """Log-probabilities: against one sequence at a time and NumPy in float64, in every company and every dtype."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,17 +9,21 @@ import torch
 from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_collate import pairs
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from dpo.collate import DataCollatorForPreference, concatenated_inputs, padded_inputs
+from dpo.collate import DataCollatorForPreference
 from dpo.logprobs import concatenated_forward, sum_by_owner, token_logps
 
-ids = st.lists(st.integers(0, 399), min_size=1, max_size=9)
-pairs = st.lists(
-    st.fixed_dictionaries({f"{part}_input_ids": ids for part in ("prompt", "chosen", "rejected")}),
-    min_size=1,
-    max_size=4,
-)
+ROWS = [
+    {"prompt_input_ids": [5, 6, 7, 8], "chosen_input_ids": [9, 10], "rejected_input_ids": [11, 12, 13, 14, 15]},
+    {"prompt_input_ids": [16], "chosen_input_ids": [17, 18, 19], "rejected_input_ids": [20]},
+]
+
+
+def forward(model, rows=ROWS, pad_id: int = 0, **options) -> dict:
+    batch = DataCollatorForPreference(pad_token_id=pad_id)(rows)
+    return concatenated_forward(model, batch, padding_value=pad_id, **options)
 
 
 def one_at_a_time(model, prompt: list[int], completion: list[int]) -> float:
@@ -33,10 +38,11 @@ def one_at_a_time(model, prompt: list[int], completion: list[int]) -> float:
 
 
 @settings(max_examples=25)
-@given(pairs)
-def test_batched_log_probabilities_equal_those_of_each_sequence_alone(rows):
+@given(pairs, st.sampled_from([0, 399]))
+def test_batched_log_probabilities_equal_those_of_each_sequence_alone(rows, pad_id):
+    """Whatever the padding holds: real tokens never see it."""
     model = make_model()
-    scores = concatenated_forward(model, DataCollatorForPreference(pad_token_id=0)(rows))
+    scores = forward(model, rows, pad_id)
     for i, row in enumerate(rows):
         for which in ("chosen", "rejected"):
             alone = one_at_a_time(model, row["prompt_input_ids"], row[f"{which}_input_ids"])
@@ -45,91 +51,64 @@ def test_batched_log_probabilities_equal_those_of_each_sequence_alone(rows):
     assert scores["chosen_logps"].dtype == torch.float32 and scores["chosen_logps"].shape == (len(rows),)
 
 
-ROWS = [
-    {"prompt_input_ids": [5, 6, 7, 8], "chosen_input_ids": [9, 10], "rejected_input_ids": [11, 12, 13, 14, 15]},
-    {"prompt_input_ids": [16], "chosen_input_ids": [17, 18, 19], "rejected_input_ids": [20]},
-]
-
-
 def test_log_probabilities_match_closed_form_on_a_model_whose_logits_are_known():
     class Bigram(torch.nn.Module):
         """log π(next | token) = log softmax(table[token]); takes no logits_to_keep, as others' models may not."""
 
-        def __init__(self):
-            super().__init__()
-            self.table = torch.nn.Parameter(torch.randn(21, 21, generator=torch.Generator().manual_seed(0)))
+        table = torch.randn(21, 21, generator=torch.Generator().manual_seed(0))
 
         def forward(self, input_ids, attention_mask, use_cache):
-            return type("Output", (), {"logits": self.table[input_ids]})
+            return SimpleNamespace(logits=self.table[input_ids])
 
-    model = Bigram()
-    table = model.table.detach().double().numpy()
+    table = Bigram.table.double().numpy()
     logps = table - np.log(np.exp(table).sum(axis=1, keepdims=True))
-    scores = concatenated_forward(model, DataCollatorForPreference(pad_token_id=0)(ROWS))
-    expected = [logps[8, 9] + logps[9, 10], logps[16, 17] + logps[17, 18] + logps[18, 19]]
-    assert scores["chosen_logps"].tolist() == pytest.approx(expected, abs=1e-5)
-    assert scores["rejected_logps"][1].item() == pytest.approx(logps[16, 20], abs=1e-5)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "gemma2 (sliding window, soft-capped logits)"])
-def test_other_families_score_the_same_in_company_as_alone(family):
-    torch.manual_seed(0)
-    if family == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=2, n_positions=64)).eval()
-    else:
-        sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 4, "initializer_range": 0.3}
-        model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads)).eval()
-    scores = concatenated_forward(model, DataCollatorForPreference(pad_token_id=0)(ROWS))
+    expect = np.log((np.exp(logps) ** 2).sum(axis=1))  # log Σ_v π_v², WPO's measure of a likely token
+    plain, weighed = forward(Bigram()), forward(Bigram(), use_weighting=True, ld_alpha=0.25)
     for i, row in enumerate(ROWS):
-        alone = one_at_a_time(model, row["prompt_input_ids"], row["rejected_input_ids"])
-        assert scores["rejected_logps"][i].item() == pytest.approx(alone, abs=1e-4)
+        likely = 0.0
+        for which, other in (("chosen", "rejected"), ("rejected", "chosen")):
+            completion = row[f"{which}_input_ids"]
+            before = [row["prompt_input_ids"][-1], *completion[:-1]]
+            tokens, shorter = logps[before, completion], len(row[f"{other}_input_ids"])
+            assert plain[f"{which}_logps"][i].item() == pytest.approx(tokens.sum(), abs=1e-5)
+            tail = tokens[:shorter].sum() + 0.25 * tokens[shorter:].sum()
+            assert weighed[f"{which}_logps"][i].item() == pytest.approx(tail, abs=1e-5)
+            likely += (tokens - expect[before]).mean()
+        assert likely < 0 and weighed["wpo_weights"][i].item() == pytest.approx(math.exp(likely), abs=1e-5)
+
+
+def test_other_families_score_the_same_in_company_as_alone():
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=2, n_positions=64))
+    sizes = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 4, "initializer_range": 0.3}
+    for model in (gpt2.eval(), Gemma2ForCausalLM(Gemma2Config(**sizes, **heads)).eval()):  # with soft-capped logits
+        for score, row in zip(forward(model)["rejected_logps"].tolist(), ROWS, strict=True):
+            alone = one_at_a_time(model, row["prompt_input_ids"], row["rejected_input_ids"])
+            assert score == pytest.approx(alone, abs=1e-4), type(model)
 
 
 def test_each_completion_of_a_ranking_scores_as_it_does_in_a_pair():
     model, rejected = make_model(), [[[11, 12], [13], [14, 15, 16]], [[20]]]
     rows = [{**row, "rejected_input_ids": lists} for row, lists in zip(ROWS, rejected, strict=True)]
-    collator = DataCollatorForPreference(pad_token_id=0)
-    scores = concatenated_forward(model, collator(rows))
-    assert scores["rejected_logps"].shape == scores["rejected_lengths"].shape == (2, 3)
+    scores = forward(model, rows)
     assert scores["rejected_lengths"].tolist() == [[2, 1, 3], [1, 0, 0]]
-    assert scores["rejected_logps"][1, 1:].tolist() == [0, 0]
+    assert scores["rejected_logps"].shape == (2, 3) and scores["rejected_logps"][1, 1:].tolist() == [0, 0]
     for i, (row, lists) in enumerate(zip(ROWS, rejected, strict=True)):
         for rank, completion in enumerate(lists):
-            pair = concatenated_forward(model, collator([{**row, "rejected_input_ids": completion}]))
+            pair = forward(model, [{**row, "rejected_input_ids": completion}])
             assert scores["rejected_logps"][i, rank].item() == pytest.approx(pair["rejected_logps"].item(), abs=1e-4)
             assert scores["chosen_logps"][i].item() == pytest.approx(pair["chosen_logps"].item(), abs=1e-4)
     for options in ({"ld_alpha": 0.5}, {"use_weighting": True}):
         with pytest.raises(ValueError, match="ld_alpha and use_weighting are for pairs"):
-            concatenated_forward(model, collator(rows), **options)
-
-
-def test_rankings_of_two_are_pairs():
-    model, collator = make_model(), DataCollatorForPreference(pad_token_id=0)
-    ranked = collator([{**row, "rejected_input_ids": [row["rejected_input_ids"]]} for row in ROWS])
-    scores = concatenated_forward(model, ranked, ld_alpha=0.5)
-    pairs = concatenated_forward(model, collator(ROWS), ld_alpha=0.5)
-    assert all(torch.equal(scores[key], pairs[key]) for key in pairs)
+            forward(model, rows, **options)
 
 
 def test_only_completion_positions_reach_the_head():
     model, seen = make_model(), []
     model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
-    concatenated_forward(model, DataCollatorForPreference(pad_token_id=0)(ROWS))
+    forward(model)
     assert seen == [(2 + 3 + 5 + 1, 400)]
-
-
-def test_a_batch_that_is_model_inputs_already_scores_the_same():
-    model, batch = make_model(), DataCollatorForPreference(pad_token_id=0)(ROWS)
-    plain = concatenated_forward(model, batch)
-    ready = concatenated_forward(model, padded_inputs(concatenated_inputs(batch, 0), 0))
-    assert all(torch.equal(plain[key], ready[key]) for key in plain)
-
-
-def test_what_the_padding_holds_changes_nothing():
-    model = make_model()
-    scores = [concatenated_forward(model, DataCollatorForPreference(pad_token_id=pad)(ROWS)) for pad in (0, 399)]
-    assert torch.equal(scores[0]["chosen_logps"], scores[1]["chosen_logps"])
 
 
 def test_log_softmax_of_bfloat16_logits_is_taken_in_float32():
@@ -142,16 +121,9 @@ def test_log_softmax_of_bfloat16_logits_is_taken_in_float32():
     assert np.abs(result.double().numpy() - expected).max() < 1e-5
 
 
-def test_gradient_of_a_log_probability_is_onehot_minus_softmax():
-    logits = torch.randn(3, 7, dtype=torch.float32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    token_logps(logits, torch.tensor([1, 0, 6])).sum().backward()
-    values = logits.detach().double().numpy()
-    softmax = np.exp(values) / np.exp(values).sum(axis=1, keepdims=True)
-    assert np.abs(logits.grad.double().numpy() - (np.eye(7)[[1, 0, 6]] - softmax)).max() < 1e-6
-
-
 @given(st.lists(st.tuples(st.integers(0, 4), st.floats(-5, 5, width=32)), min_size=1, max_size=30))
-def test_sum_by_owner_equals_a_loop(entries):
+def test_sum_by_owner_equals_an_exact_loop_but_for_the_last_rounding(entries):
     owner, values = torch.tensor([o for o, _ in entries]), torch.tensor([v for _, v in entries])
     expected = [math.fsum(v for o, v in entries if o == sequence) for sequence in range(5)]
-    assert sum_by_owner(values, owner, 5).tolist() == pytest.approx(expected, abs=1e-4)
+    result = sum_by_owner(values, owner, 5)
+    assert result.dtype == torch.float32 and result.tolist() == pytest.approx(expected, rel=2**-23, abs=1e-12)

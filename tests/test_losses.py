@@ -1,1164 +1,598 @@
-"""Every loss, proven: value and gradient against closed forms in float64 `math`, the properties that each must have by
-name, refusals, and that each function still works where it is pasted alone."""
+"""Every loss, proven: value and gradient against the oracles, the properties that each must have by name, refusals, and
+that each function still works where it is pasted alone."""
 
 import inspect
 import math
 import re
+from functools import partial
 
 import numpy as np
+import oracles
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
+import dpo.batches
 import dpo.collate
 import dpo.logprobs
 import dpo.losses
-from dpo.losses import LOSSES, capped_exp, check_loss, dpo_loss
+from dpo.losses import LOSSES, PARAMETERS, capped_exp, check_loss, dpo_loss, f_derivative
 
-# ------------------------------------------------------------------- the closed forms, by hand: value and derivatives
 
+# ------------------------------------------------------------------------------------- which losses, with which inputs
+def taking(*wanted: str) -> list[str]:
+    """The losses whose oracles have one of these parameters."""
+    return [name for name in LOSSES if set(wanted) & set(inspect.signature(getattr(oracles, name)).parameters)]
 
-def ls(z: float) -> float:
-    """log σ(z)"""
-    return -math.log1p(math.exp(-z)) if z > 0 else z - math.log1p(math.exp(z))
 
+RANKINGS, BATCH, OF_H = taking("ratios"), taking("batch_w", "batch_policy_h"), taking("h", "mean_h", "ratios")
+PAIRS, REFERENCED = [name for name in LOSSES if name not in (*RANKINGS, *BATCH)], [*taking("w", "l"), *OF_H, *BATCH]
+FUNCTIONS = LOSSES | {"f_derivative": f_derivative, "capped_exp": capped_exp}
+KINDS = ("reverse_kl", "js_divergence", "alpha_divergence", "forward_kl")
+FOUR = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
 
-def sg(z: float) -> float:
-    """σ(z)"""
-    return 1 / (1 + math.exp(-z)) if z > 0 else math.exp(z) / (1 + math.exp(z))
+DIVERGENCE = {"f_divergence_type": st.sampled_from(KINDS)}
+DIVERGENCE |= {"f_alpha_divergence_coef": st.floats(0.05, 1.8) | st.just(1.0) | st.floats(-1, -0.1)}
+# Any input that has no range here is from −12 to 12, any option from 0.1 to 2.
+RANGES = dict.fromkeys("h mean_h ratios batch_w batch_l batch_policy_h batch_ref_h".split(), st.floats(-60, 60))
+RANGES |= dict.fromkeys(("chosen_logps", "rejected_logps"), st.floats(-60, -0.5))
+RANGES |= dict.fromkeys(("chosen_lengths", "rejected_lengths"), st.integers(1, 40).map(float))
+RANGES |= {"length_difference": st.integers(-40, 40).map(float), "beta": st.floats(0.02, 5)}
+RANGES |= {"label_smoothing": st.just(0.0) | st.floats(1e-6, 0.49), "bco_delta": st.floats(-5, 5)}
+RANGES |= {"chipo_clip": st.floats(0.5, 500), "discopop_tau": st.floats(0.02, 1)} | DIVERGENCE
 
 
-def dsg(z: float) -> float:
-    """σ′(z)"""
-    return sg(z) * sg(-z)
+def options_of(*names: str) -> dict[str, st.SearchStrategy]:
+    """What the losses' options may be; the mask of a ranking follows from its lengths."""
+    keys = {key for name in names for key in oracles.parameters(name)[1]} - {"mask"}
+    return {key: RANGES.get(key, st.floats(0.1, 2)) for key in sorted(keys)}
 
 
-def sigmoid(h, *, beta=0.1, label_smoothing=0.0):
-    x, e = beta * h, label_smoothing
-    return -(1 - e) * ls(x) - e * ls(-x), [beta * (e * sg(x) - (1 - e) * sg(-x))]
+def random_batch(seed: int, ranking: bool = False) -> dict[str, np.ndarray]:
+    """One to four pairs, or rankings of two to four completions, for `dpo_loss`: continuous, so without ties."""
+    random, pairs = np.random.default_rng(seed), 1 + seed % 4
+    shape = (pairs, 3) if ranking else (pairs,)
+    batch = {key: random.uniform(-8, -0.5, shape if "rejected" in key else pairs) for key in FOUR}
+    batch |= {"chosen_lengths": random.integers(1, 10, pairs), "rejected_lengths": random.integers(1, 10, shape)}
+    if ranking:
+        batch["rejected_lengths"] *= np.arange(3) < random.integers(1, 4, (pairs, 1))
+    return batch | {"margins": random.uniform(0, 5, pairs)}
 
 
-def robust(h, *, beta=0.1, label_smoothing=0.0):
-    x, e = beta * h, label_smoothing
-    slope = -beta * ((1 - e) * sg(-x) + e * sg(x)) / (1 - 2 * e)
-    return (-(1 - e) * ls(x) + e * ls(-x)) / (1 - 2 * e), [slope]
+BATCHES = st.builds(random_batch, st.integers(0, 10**6))
 
 
-def hinge(h, *, beta=0.1):
-    return max(0.0, 1 - beta * h), [-beta if 1 - beta * h > 0 else 0.0]
+def call(batch: dict[str, np.ndarray], **options):
+    """`dpo_loss` of NumPy arrays: the four log-probabilities as leaves, and the three results."""
+    tensors = {key: torch.tensor(value) for key, value in batch.items()}
+    leaves = [tensors[key].requires_grad_() for key in FOUR]
+    return leaves, dpo_loss(**tensors, **options)
 
 
-def ipo(h, *, beta=0.1):
-    return (h - 1 / (2 * beta)) ** 2, [2 * (h - 1 / (2 * beta))]
+def losses_of(batch: dict[str, np.ndarray], loss_type: str | list[str], **options) -> np.ndarray:
+    return call(batch, loss_type=loss_type, **options)[1][0].detach().numpy()
 
 
-def exo_pair(h, *, beta=0.1, label_smoothing=0.0):
-    x, e = beta * h, label_smoothing or 0.001
-    value = sg(x) * (ls(x) - math.log(1 - e)) + sg(-x) * (ls(-x) - math.log(e))
-    return value, [beta * dsg(x) * (x - math.log((1 - e) / e))]  # ls(x) − ls(−x) = x
+def near(expected, scale: float = 0.0):
+    return pytest.approx(expected, rel=1e-9, abs=1e-9 + 1e-12 * scale)
 
 
-def discopop(h, *, beta=0.1, discopop_tau=0.05):
-    x, tau = beta * h, discopop_tau
-    exponential = math.exp(ls(x / tau) - x)
-    value = -sg(-x / tau) * ls(x) + exponential
-    slope = -sg(-x / tau) * sg(-x) + dsg(x / tau) / tau * ls(x) + exponential * (sg(-x / tau) / tau - 1)
-    return value, [beta * slope]
+def assert_same(found: torch.Tensor | None, expected: np.ndarray) -> None:
+    found = np.zeros_like(expected) if found is None else found.detach().numpy()
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-9 + 1e-12 * np.abs(expected).max(initial=0))
 
 
-def odpo(h, offset, *, beta=0.1):
-    slope = sg(offset - beta * h)
-    return -ls(beta * h - offset), [-beta * slope, slope]
-
-
-def r_dpo(h, chosen_length, rejected_length, *, beta=0.1, alpha=0.01):
-    x = beta * h + alpha * (chosen_length - rejected_length)
-    return -ls(x), [-beta * sg(-x), -alpha * sg(-x), alpha * sg(-x)]
-
-
-def nca_pair(w, l, *, beta=0.1):
-    value = -ls(beta * w) - 0.5 * (ls(-beta * w) + ls(-beta * l))
-    return value, [beta * (0.5 * sg(beta * w) - sg(-beta * w)), beta * 0.5 * sg(beta * l)]
-
-
-def bco_pair(w, l, *, beta=0.1, delta=0.0):
-    return -ls(beta * w - delta) - ls(delta - beta * l), [-beta * sg(delta - beta * w), beta * sg(beta * l - delta)]
-
-
-def sppo_hard(w, l, *, beta=0.1):
-    a, b = w - 1 / (2 * beta), l + 1 / (2 * beta)
-    return a * a + b * b, [2 * a, 2 * b]
-
-
-def apo_zero(w, l, *, beta=0.1):
-    return 1 - sg(beta * w) + sg(beta * l), [-beta * dsg(beta * w), beta * dsg(beta * l)]
-
-
-def apo_down(w, l, *, beta=0.1):
-    apart = beta * dsg(beta * (w - l))
-    return sg(beta * w) + 1 - sg(beta * (w - l)), [beta * dsg(beta * w) - apart, apart]
-
-
-def dpop(w, l, *, beta=0.1, dpop_lambda=50.0):
-    x = beta * (w - l - dpop_lambda * max(0.0, -w))
-    return -ls(x), [-beta * (1 + (dpop_lambda if w < 0 else 0.0)) * sg(-x), beta * sg(-x)]
-
-
-def chipo(w, l, *, beta=0.1, chipo_clip=10.0):
-    x = beta * (math.exp(w) + w) - beta * (math.exp(l) + l)
-    if abs(x) > chipo_clip:
-        return -ls(math.copysign(chipo_clip, x)), [0.0, 0.0]
-    return -ls(x), [-beta * (math.exp(w) + 1) * sg(-x), beta * (math.exp(l) + 1) * sg(-x)]
-
-
-def sigmoid_norm(w, l, chosen_length, rejected_length, *, beta=2.0):
-    x = beta * (w / chosen_length - l / rejected_length)
-    slope = -beta * sg(-x)
-    by_lengths = [-slope * w / chosen_length**2, slope * l / rejected_length**2]
-    return -ls(x), [slope / chosen_length, -slope / rejected_length, *by_lengths]
-
-
-def simpo(chosen_mean, rejected_mean, *, beta=2.0, gamma=0.5):
-    x = beta * (chosen_mean - rejected_mean) - gamma
-    return -ls(x), [-beta * sg(-x), beta * sg(-x)]
-
-
-def orpo(chosen_mean, rejected_mean, *, orpo_lambda=0.1):
-    log_odds = math.log(math.exp(chosen_mean) / -math.expm1(chosen_mean))
-    log_odds -= math.log(math.exp(rejected_mean) / -math.expm1(rejected_mean))
-    slope = -orpo_lambda * sg(-log_odds)  # d log odds / d log p = 1/(1 − p)
-    value = -chosen_mean - orpo_lambda * ls(log_odds)
-    return value, [-1 - slope / math.expm1(chosen_mean), slope / math.expm1(rejected_mean)]
-
-
-def cpo(chosen_logp, rejected_logp, chosen_length, *, beta=0.1, cpo_alpha=1.0):
-    x = beta * (chosen_logp - rejected_logp)
-    value = -ls(x) - cpo_alpha * chosen_logp / chosen_length
-    slope = -beta * sg(-x)
-    return value, [slope - cpo_alpha / chosen_length, -slope, cpo_alpha * chosen_logp / chosen_length**2]
-
-
-def sft(chosen_logp, chosen_length):
-    return -chosen_logp / chosen_length, [-1 / chosen_length, chosen_logp / chosen_length**2]
-
-
-def f_divergence(z, *, f_divergence_type="reverse_kl", f_alpha_divergence_coef=1.0):
-    alpha = {"reverse_kl": 0.0, "forward_kl": 1.0}.get(f_divergence_type, f_alpha_divergence_coef)
-    if f_divergence_type == "js_divergence":
-        return math.log(2) + ls(z), [sg(-z)]
-    return (z, [1.0]) if alpha == 0 else (-math.expm1(-alpha * z) / alpha, [math.exp(-alpha * z)])
-
-
-def log_softmax(values: list[float]) -> list[float]:
-    top = max(values)
-    total = top + math.log(math.fsum(math.exp(value - top) for value in values))
-    return [value - total for value in values]
-
-
-def plackett_luce(*ratios, beta=0.1):
-    rewards, value, slopes = [beta * ratio for ratio in ratios], 0.0, [0.0] * len(ratios)
-    for k in range(len(ratios)):  # the k-th choice is made among those that are left
-        logps = log_softmax(rewards[k:])
-        value -= logps[0]
-        slopes[k] -= beta
-        for j, logp in enumerate(logps, start=k):
-            slopes[j] += beta * math.exp(logp)
-    return value, slopes
-
-
-def exo(*values, beta=0.1, exo_beta_r=1.0):
-    ratios, scores = values[: len(values) // 2], values[len(values) // 2 :]
-    policy, target = log_softmax([beta * r for r in ratios]), log_softmax([s / exo_beta_r for s in scores])
-    value = math.fsum(math.exp(p) * (p - t) for p, t in zip(policy, target, strict=True))
-    by_ratios = [beta * math.exp(p) * (p - t - value) for p, t in zip(policy, target, strict=True)]
-    return value, by_ratios + [(math.exp(t) - math.exp(p)) / exo_beta_r for p, t in zip(policy, target, strict=True)]
-
-
-# ----------------------------------------------------------------------------------- what each function is fed with
-
-logps, lengths, ratios, means = (
-    st.floats(-60, 0),
-    st.integers(1, 40).map(float),
-    st.floats(-60, 60),
-    st.floats(-12, -0.01),
-)
-small = st.floats(-20, 20)
-BETA = {"beta": st.floats(0.01, 5)}
-SMOOTH = BETA | {"label_smoothing": st.floats(1e-6, 0.49) | st.just(0.0)}
-DIVERGENCE = {
-    "f_divergence_type": st.sampled_from(["reverse_kl", "js_divergence", "alpha_divergence", "forward_kl"]),
-    "f_alpha_divergence_coef": st.floats(0.05, 1.8) | st.just(1.0) | st.floats(-1, -0.1),
-}
-PAIRWISE = {  # function: (closed form, its inputs, its options)
-    "sigmoid_loss": (sigmoid, [ratios], SMOOTH),
-    "robust_loss": (robust, [ratios], SMOOTH),
-    "hinge_loss": (hinge, [ratios], BETA),
-    "ipo_loss": (ipo, [ratios], BETA),
-    "exo_pair_loss": (exo_pair, [ratios], SMOOTH),
-    "discopop_loss": (discopop, [ratios], BETA | {"discopop_tau": st.floats(0.02, 1)}),
-    "odpo_loss": (odpo, [ratios, st.floats(0, 10)], BETA),
-    "r_dpo_loss": (r_dpo, [ratios, lengths, lengths], BETA | {"alpha": st.floats(0, 2)}),
-    "nca_pair_loss": (nca_pair, [ratios, ratios], BETA),
-    "bco_pair_loss": (bco_pair, [ratios, ratios], BETA | {"delta": st.floats(-5, 5)}),
-    "sppo_hard_loss": (sppo_hard, [ratios, ratios], BETA),
-    "apo_zero_loss": (apo_zero, [ratios, ratios], BETA),
-    "apo_down_loss": (apo_down, [ratios, ratios], BETA),
-    "dpop_loss": (dpop, [ratios, ratios], BETA | {"dpop_lambda": st.floats(0, 50)}),
-    "chipo_loss": (chipo, [st.floats(-8, 8)] * 2, BETA | {"chipo_clip": st.floats(0.5, 500)}),
-    "sigmoid_norm_loss": (sigmoid_norm, [ratios, ratios, lengths, lengths], BETA),
-    "simpo_loss": (simpo, [means, means], BETA | {"gamma": st.floats(0, 3)}),
-    "orpo_loss": (orpo, [means, means], {"orpo_lambda": st.floats(0, 3)}),
-    "cpo_loss": (cpo, [logps, logps, lengths], BETA | {"cpo_alpha": st.floats(0, 3)}),
-    "sft_loss": (sft, [logps, lengths], {}),
-    "f_divergence_score": (f_divergence, [small], DIVERGENCE),
-    "capped_exp": (lambda x: (math.exp(x), [math.exp(x)]), [st.floats(-60, 40)], {}),
-}
-
-
-def near(value, scale: float = 0.0):
-    return pytest.approx(value, rel=1e-9, abs=1e-9 + 1e-12 * scale)
-
-
-def leaves(rows) -> list[torch.Tensor]:
-    """Columns of rows as float64 tensors that want a gradient."""
-    return [torch.tensor(column, dtype=torch.float64, requires_grad=True) for column in zip(*rows, strict=True)]
-
-
-def function(name: str):
-    return getattr(dpo.losses, name)
-
-
-def test_every_function_and_every_loss_type_has_a_closed_form_here():
-    public = {name for name, value in vars(dpo.losses).items() if inspect.isfunction(value)}
-    elsewhere = {"aot_loss", "aot_pair_loss", "plackett_luce_loss", "exo_loss", "check_loss", "dpo_loss"}
-    assert public == {*PAIRWISE, *elsewhere}
-    assert {loss.__name__ for loss in LOSSES.values()} == {
-        name for name in public if name.endswith("_loss") and name not in ("check_loss", "dpo_loss")
-    }
-    for name, loss in LOSSES.items():
-        assert loss.__name__ == ("aot_pair_loss" if name == "aot_unpaired" else f"{name}_loss")
-
-
-@pytest.mark.parametrize("name", PAIRWISE)
-@given(data=st.data())
-def test_value_and_gradient_equal_the_closed_form(name, data):
-    closed, inputs, options = PAIRWISE[name]
-    rows = data.draw(st.lists(st.tuples(*inputs), min_size=1, max_size=3))
-    options = {key: data.draw(values, label=key) for key, values in options.items()}
-    tensors = leaves(rows)
-    result = function(name)(*tensors, **options)
-    assert result.shape == (len(rows),) and result.dtype == torch.float64
-    expected = [closed(*row, **options) for row in rows]
-    assert result.tolist() == [near(value) for value, _ in expected]
+def check_function(name: str, data) -> None:
+    """A function by itself: values, and gradients by the inputs by which its oracle has derivatives."""
+    rows, most = data.draw(st.integers(1, 4), label="rows"), data.draw(st.integers(2, 5), label="completions")
+    inputs, options = oracles.parameters(name)[0], data.draw(st.fixed_dictionaries(options_of(name)), label="options")
+    if "scores" in inputs and (options["label_smoothing"] or data.draw(st.booleans(), label="without scores")):
+        inputs.remove("scores")
+    shape, mask = (rows, most) if "ratios" in inputs else rows, {}
+    if "ratios" in inputs:
+        mask = {"mask": np.arange(most) < data.draw(arrays(int, (rows, 1), elements=st.integers(2, most)))}
+    ranges = {key: RANGES.get(key, st.floats(-12, 12)) for key in inputs}
+    arguments = {key: data.draw(arrays(float, shape, elements=ranges[key], unique=True), label=key) for key in inputs}
+    values, slopes = getattr(oracles, name)(**arguments, **options, **mask)
+    tensors = {key: torch.tensor(value) for key, value in (arguments | mask).items()}
+    leaves = {key: tensors[key].requires_grad_() for key in slopes if key in inputs}
+    result = FUNCTIONS[name](**tensors, **options)
+    assert_same(result, values)
     result.sum().backward()
-    for i, (_, slopes) in enumerate(expected):
-        assert [tensor.grad[i].item() for tensor in tensors] == [near(slope) for slope in slopes]
+    for key, leaf in leaves.items():
+        assert_same(leaf.grad, slopes[key])
 
 
-def by_quantile(first, second, closed, options):
-    """Sorts two lists, pairs them by rank and gives values by rank and slopes in the lists' own order."""
-    order, other = (sorted(range(len(first)), key=values.__getitem__) for values in (first, second))
-    values, slopes = [], [[0.0] * len(first), [0.0] * len(first)]
-    for i, j in zip(order, other, strict=True):
-        value, (slope,) = closed(first[i] - second[j], **options)
-        values.append(value)
-        slopes[0][i], slopes[1][j] = slope, -slope
-    return values, slopes
+def check_dpo_loss(loss_type: str | list[str], data, weights: list[float] | None = None) -> None:
+    """The same through `dpo_loss`, with every option and modifier that has a meaning for the loss, or without it."""
+    names, seed = {loss_type} if isinstance(loss_type, str) else {*loss_type}, data.draw(st.integers(0, 10**6))
+    ranges = options_of(*names) | {"beta": st.floats(0.02, 2), "rpo_alpha": st.floats(0, 3)}
+    ranges |= DIVERGENCE if set() < names - {"sft"} <= {*OF_H} else {}
+    ranges |= {"reference_free": st.booleans()} if names & {*REFERENCED} else {}
+    options = data.draw(st.fixed_dictionaries({}, optional=ranges), label="options")
+    batch, random = random_batch(seed, ranking=bool(names & {*RANKINGS}) and seed % 3 > 0), np.random.default_rng(seed)
+    pairs = len(batch["margins"])
+    if names <= {*PAIRS} and data.draw(st.booleans(), label="weighted"):
+        batch["wpo_weights"] = random.uniform(0.01, 1, pairs)
+    if "exo" in names and not options.get("label_smoothing") and data.draw(st.booleans(), label="with scores"):
+        batch["scores"] = random.normal(size=(pairs, 1 + batch["rejected_logps"].size // pairs))
+    if "r_dpo" not in names and "rpo_alpha" not in options and data.draw(st.booleans(), label="means already"):
+        del batch["chosen_lengths"], batch["rejected_lengths"]
+    options |= {"loss_type": loss_type} | ({"loss_weights": weights} if weights else {})
 
-
-distinct = st.integers(1, 5).flatmap(lambda n: st.tuples(*[st.lists(ratios, min_size=n, max_size=n, unique=True)] * 2))
-
-
-@pytest.mark.parametrize("name", ["aot_loss", "aot_pair_loss"])
-@given(columns=distinct, beta=BETA["beta"], label_smoothing=SMOOTH["label_smoothing"])
-def test_losses_over_the_batch_equal_the_closed_form_by_quantile(name, columns, beta, label_smoothing):
-    options = {"beta": beta, "label_smoothing": label_smoothing}
-    tensors = leaves(zip(*columns, strict=True))
-    result = function(name)(*tensors, **options)
-    values, slopes = by_quantile(*columns, sigmoid, options)
-    assert result.tolist() == near(values)
-    result.sum().backward()
-    assert [tensor.grad.tolist() for tensor in tensors] == [near(slope) for slope in slopes]
-
-
-RANKINGS = ("plackett_luce", "exo")
-RANKED = st.lists(st.lists(ratios, min_size=2, max_size=5), min_size=1, max_size=3)  # rows of 2 to 5 completions
-
-
-def ragged(rows: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of numbers as a float64 leaf (B, K), with 77 for what is missing, and the mask of what is there."""
-    most = max(map(len, rows))
-    values = torch.tensor([row + [77.0] * (most - len(row)) for row in rows], dtype=torch.float64, requires_grad=True)
-    return values, torch.tensor([[i < len(row) for i in range(most)] for row in rows])
-
-
-def assert_rows_equal(result, tensors, expected):
-    """Values and slopes of rows of different lengths; what is missing gets no gradient."""
-    assert result.tolist() == [near(value) for value, _ in expected]
-    grads = torch.autograd.grad(result.sum(), tensors)
-    for i, (_, slopes) in enumerate(expected):
-        own = len(slopes) // len(tensors)
-        for j, grad in enumerate(grads):
-            assert grad[i].tolist() == near(slopes[j * own : (j + 1) * own] + [0.0] * (grad.shape[1] - own))
-
-
-@given(rows=RANKED, beta=BETA["beta"])
-def test_plackett_luce_equals_the_closed_form(rows, beta):
-    values, mask = ragged(rows)
-    expected = [plackett_luce(*row, beta=beta) for row in rows]
-    assert_rows_equal(dpo.losses.plackett_luce_loss(values, beta=beta, mask=mask), [values], expected)
-    if mask.all():
-        assert_rows_equal(dpo.losses.plackett_luce_loss(values, beta=beta), [values], expected)
-
-
-@given(data=st.data(), rows=RANKED, beta=BETA["beta"], exo_beta_r=st.floats(0.1, 3))
-def test_exo_over_many_completions_equals_the_closed_form(data, rows, beta, exo_beta_r):
-    values, mask = ragged(rows)
-    points = [data.draw(st.lists(small, min_size=len(row), max_size=len(row))) for row in rows]
-    scores, _ = ragged(points)
-    options = {"beta": beta, "exo_beta_r": exo_beta_r}
-    expected = [exo(*row, *own, **options) for row, own in zip(rows, points, strict=True)]
-    assert_rows_equal(dpo.losses.exo_loss(values, scores, **options, mask=mask), [values, scores], expected)
-    if mask.all():
-        assert_rows_equal(dpo.losses.exo_loss(values, scores, **options), [values, scores], expected)
-
-
-@given(rows=RANKED, beta=BETA["beta"], epsilon=st.just(0.0) | st.floats(1e-6, 0.49))
-def test_exo_without_scores_has_the_best_completion_for_a_label(rows, beta, epsilon):
-    values, mask = ragged(rows)
-    share = epsilon or 1e-3
-    labels = [[math.log(1 - share)] + [math.log(share / (len(row) - 1))] * (len(row) - 1) for row in rows]
-    expected = [exo(*row, *label, beta=beta) for row, label in zip(rows, labels, strict=True)]
-    expected = [(value, slopes[: len(slopes) // 2]) for value, slopes in expected]
-    result = dpo.losses.exo_loss(values, beta=beta, label_smoothing=epsilon, mask=mask)
-    assert_rows_equal(result, [values], expected)
-
-
-@given(data=st.data(), rows=RANKED, beta=BETA["beta"], rpo_alpha=st.none() | st.floats(0, 3))
-def test_dpo_loss_of_rankings_equals_the_closed_form(data, rows, beta, rpo_alpha):
-    """Policy and reference as (B,) and (B, K−1), rows of different lengths, every option that a ranking has."""
-    loss_type = data.draw(st.sampled_from(["plackett_luce", "exo", ["plackett_luce", "exo", "sft"]]))
-    names = [loss_type] if isinstance(loss_type, str) else loss_type
-    divergence = {key: data.draw(values, label=key) for key, values in DIVERGENCE.items()}
-    scores, exo_beta_r = None, data.draw(st.floats(0.1, 3))
-    if data.draw(st.booleans()):
-        scores = [data.draw(st.lists(small, min_size=len(row), max_size=len(row))) for row in rows]
-    rows = [[ratio / 4 for ratio in row] for row in rows]  # else e^15 here and there
-    lengths = [[3 + i for i in range(len(row))] for row in rows]
-
-    values, mask = ragged(rows)
-    reference = torch.where(mask, -20.0 - torch.arange(values.shape[1]), 0.0).double()
-    policy = torch.where(mask, values + reference, 0.0)
-    counts = torch.where(mask, 3 + torch.arange(values.shape[1]), 0)
-    arguments = [policy[:, 0], policy[:, 1:], reference[:, 0], reference[:, 1:]]
-    options = {"scores": None if scores is None else ragged(scores)[0].detach(), "exo_beta_r": exo_beta_r}
-    options |= {"chosen_lengths": counts[:, 0], "rejected_lengths": counts[:, 1:], "rpo_alpha": rpo_alpha}
-    losses, chosen, rejected = dpo_loss(*arguments, loss_type=loss_type, beta=beta, **divergence, **options)
-    assert torch.equal(chosen, (beta * (policy - reference))[:, 0].detach())
-    assert torch.equal(rejected, (beta * (policy - reference))[:, 1:].detach())
-
-    expected = []
-    for i, row in enumerate(rows):
-        moved = [f_divergence(ratio, **divergence) for ratio in row]
-        points, temperature = ([math.log(0.999)] + [math.log(1e-3 / (len(row) - 1))] * (len(row) - 1)), 1.0
-        if scores is not None:
-            points, temperature = scores[i], exo_beta_r
-        value, slopes = 0.0, [0.0] * len(row)
-        for name in names:
-            if name == "sft":
-                part, by_score = 0.0, [0.0] * len(row)
-            elif name == "exo":
-                part, by_score = exo(*(z for z, _ in moved), *points, beta=beta, exo_beta_r=temperature)
-            else:
-                part, by_score = plackett_luce(*(z for z, _ in moved), beta=beta)
-            value += part
-            slopes = [s + b * dz for s, b, (_, (dz,)) in zip(slopes, by_score, moved, strict=False)]
-        likelihood = ("sft" in names) + (rpo_alpha or 0.0)
-        value -= likelihood * (row[0] - 20.0) / lengths[i][0]
-        expected.append((value, [slopes[0] - likelihood / lengths[i][0], *slopes[1:]]))
-    scale = max(abs(slope) for _, slopes in expected for slope in slopes)
-    assert losses.tolist() == near([value for value, _ in expected], scale)
-    (grad,) = torch.autograd.grad(losses.sum(), values)
-    for i, (_, slopes) in enumerate(expected):
-        assert grad[i].tolist() == near(slopes + [0.0] * (grad.shape[1] - len(slopes)), scale)
-
-
-@pytest.mark.parametrize("loss_type", [name for name in LOSSES if name not in RANKINGS])
-def test_losses_of_pairs_refuse_rankings(loss_type):
-    chosen, rejected = torch.zeros(2), torch.zeros(2, 3)
-    with pytest.raises(ValueError, match=f"loss_type {loss_type} is for pairs .* choose plackett_luce or exo"):
-        dpo_loss(chosen, rejected, chosen, rejected, loss_type=loss_type, margins=chosen, chosen_lengths=chosen + 1)
-
-
-GRADCHECK = {  # options away from the defaults; the defaults are checked, too
-    "sigmoid_loss": {"beta": 0.7, "label_smoothing": 0.2},
-    "robust_loss": {"beta": 0.7, "label_smoothing": 0.2},
-    "exo_pair_loss": {"beta": 0.7, "label_smoothing": 0.2},
-    "discopop_loss": {"beta": 0.3, "discopop_tau": 0.5},
-    "bco_pair_loss": {"beta": 0.7, "delta": 0.4},
-    "dpop_loss": {"beta": 0.7, "dpop_lambda": 2.0},
-    "f_divergence_score": {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5},
-    "aot_loss": {"beta": 0.7, "label_smoothing": 0.2},
-    "aot_pair_loss": {"beta": 0.7, "label_smoothing": 0.2},
-    "plackett_luce_loss": {"beta": 0.7},
-    "exo_loss": {"beta": 0.7, "exo_beta_r": 2.0},
-}
-
-
-def random_inputs(name: str, seed: int, dtype=torch.float64) -> list[torch.Tensor]:
-    """Inputs of the right shape and range for a function of losses.py."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (4, 3) if name in ("plackett_luce_loss", "exo_loss") else (4,)
-    tensors = []
-    for parameter in inspect.signature(function(name)).parameters.values():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            continue
-        values = torch.randn(shape, generator=generator, dtype=torch.float64) * 2
-        if "lengths" in parameter.name:
-            values = torch.randint(1, 20, shape, generator=generator).double()
-        elif "means" in parameter.name or "logps" in parameter.name:
-            values = -values.abs() - 0.1
-        tensors.append(values.to(dtype))
-    return tensors
-
-
-LOSS_FUNCTIONS = [*PAIRWISE, "aot_loss", "aot_pair_loss", "plackett_luce_loss", "exo_loss"]
-
-
-@pytest.mark.parametrize("name", LOSS_FUNCTIONS)
-def test_gradcheck(name):
-    for seed, options in ((0, {}), (1, GRADCHECK.get(name, {}))):
-        tensors = [tensor.requires_grad_() for tensor in random_inputs(name, seed)]
-        assert torch.autograd.gradcheck(lambda *args, o=options: function(name)(*args, **o), tensors)
-
-
-# ------------------------------------------------------------------------------ dpo_loss: each loss_type × its options
-
-OF_H = {"sigmoid": sigmoid, "robust": robust, "hinge": hinge, "ipo": ipo, "exo_pair": exo_pair, "discopop": discopop}
-OF_H |= {"odpo": odpo, "r_dpo": r_dpo, "plackett_luce": sigmoid, "exo": exo_pair}  # of two completions
-OF_W_AND_L = {"nca_pair": nca_pair, "bco_pair": bco_pair, "sppo_hard": sppo_hard, "apo_zero": apo_zero}
-OF_W_AND_L |= {"apo_down": apo_down, "dpop": dpop, "chipo": chipo, "sigmoid_norm": sigmoid_norm}
-NO_REFERENCE = {"simpo": simpo, "orpo": orpo, "cpo": cpo, "sft": sft}
-BATCH = ("aot", "aot_pair", "aot_unpaired")
-OWN = {  # loss_type: {option of dpo_loss: the closed form's name for it}
-    "discopop": {"discopop_tau": "discopop_tau"},
-    "bco_pair": {"bco_delta": "delta"},
-    "dpop": {"dpop_lambda": "dpop_lambda"},
-    "chipo": {"chipo_clip": "chipo_clip"},
-    "simpo": {"simpo_gamma": "gamma"},
-    "orpo": {"orpo_lambda": "orpo_lambda"},
-    "cpo": {"cpo_alpha": "cpo_alpha"},
-    "r_dpo": {"r_dpo_alpha": "alpha"},
-} | {name: {"label_smoothing": "label_smoothing"} for name in ("sigmoid", "robust", "exo_pair", "exo", *BATCH)}
-RANGES = {
-    "label_smoothing": SMOOTH["label_smoothing"],
-    "discopop_tau": st.floats(0.02, 1),
-    "bco_delta": st.floats(-5, 5),
-    "dpop_lambda": st.floats(0, 50),
-    "chipo_clip": st.floats(0.5, 500),
-    "simpo_gamma": st.floats(0, 3),
-    "orpo_lambda": st.floats(0, 3),
-    "cpo_alpha": st.floats(0, 3),
-    "r_dpo_alpha": st.floats(0, 2),
-}
-
-
-def closed_form(name: str, pair: dict, options: dict) -> tuple[float, list[float]]:
-    """Value and slopes by the log-probabilities (chosen, rejected, chosen of the reference, rejected of it)."""
-    mine = {mine: options[theirs] for theirs, mine in OWN.get(name, {}).items() if theirs in options}
-    mine |= {"beta": options["beta"]} if name not in ("orpo", "sft") else {}
-    chosen, rejected = pair["chosen"], pair["rejected"]
-    long, short = pair["chosen_length"], pair["rejected_length"]
-    if name in NO_REFERENCE:
-        if name == "sft":
-            value, slopes = sft(chosen, long)
-        elif name == "cpo":
-            value, slopes = cpo(chosen, rejected, long, **mine)
-        else:
-            value, slopes = NO_REFERENCE[name](chosen / long, rejected / short, **mine)
-            slopes = [slopes[0] / long, slopes[1] / short]
-        return value, [slopes[0], 0.0 if name == "sft" else slopes[1], 0.0, 0.0]
-    w, l = chosen - pair["ref_chosen"], rejected - pair["ref_rejected"]
-    if name in OF_W_AND_L:
-        more = [long, short] if name == "sigmoid_norm" else []
-        value, (by_w, by_l, *_) = OF_W_AND_L[name](w, l, *more, **mine)
-    else:
-        divergence = {key: options[key] for key in DIVERGENCE if key in options}
-        if name != "ipo":
-            long, short = 1.0, 1.0
-        (first, (dw,)), (second, (dl,)) = f_divergence(w / long, **divergence), f_divergence(l / short, **divergence)
-        more = {"odpo": [pair["margin"]], "r_dpo": [pair["chosen_length"], pair["rejected_length"]]}.get(name, [])
-        value, (slope, *_) = OF_H[name](first - second, *more, **mine)
-        by_w, by_l = slope * dw / long, -slope * dl / short
-    return value, [by_w, by_l, -by_w, -by_l]
-
-
-def closed_forms(names, weights, pairs: list[dict], options: dict) -> tuple[list[float], list[list[float]], float]:
-    """The same for a mixture over a batch, with WPO weights and the RPO term; and the size of what was added up."""
-    totals, slopes, scale = [0.0] * len(pairs), [[0.0] * 4 for _ in pairs], 0.0
-    for name, weight in zip(names, weights, strict=True):
-        if name in BATCH:
-            if name == "aot":
-                lists = [[p["chosen"] - p["rejected"] for p in pairs]]
-                lists += [[p["ref_chosen"] - p["ref_rejected"] for p in pairs]]
-                signs = ((0, 0, 1), (0, 1, -1), (1, 2, 1), (1, 3, -1))  # (list, log-probability, sign)
-            else:
-                lists = [
-                    [p["chosen"] - p["ref_chosen"] for p in pairs],
-                    [p["rejected"] - p["ref_rejected"] for p in pairs],
-                ]
-                signs = ((0, 0, 1), (0, 2, -1), (1, 1, 1), (1, 3, -1))
-            mine = {"beta": options["beta"], "label_smoothing": options.get("label_smoothing", 0.0)}
-            values, by_list = by_quantile(*lists, sigmoid, mine)
-            of_pairs = [
-                (value, [sum(sign * by_list[k][i] for k, at, sign in signs if at == j) for j in range(4)])
-                for i, value in enumerate(values)
-            ]
-        else:
-            of_pairs = [closed_form(name, pair, options) for pair in pairs]
-        for i, (value, slope) in enumerate(of_pairs):
-            factor = weight * (pairs[i]["wpo"] if options.get("wpo") and name != "sft" else 1.0)
-            totals[i] += factor * value
-            slopes[i] = [a + factor * b for a, b in zip(slopes[i], slope, strict=True)]
-            scale = max(scale, abs(value), *map(abs, slope))
-    if options.get("rpo_alpha") is not None:
-        for i, pair in enumerate(pairs):
-            totals[i] -= options["rpo_alpha"] * pair["chosen"] / pair["chosen_length"]
-            slopes[i][0] -= options["rpo_alpha"] / pair["chosen_length"]
-    return totals, slopes, scale
-
-
-PAIR = st.fixed_dictionaries(
-    {key: st.floats(-15, -0.5) for key in ("chosen", "rejected", "ref_chosen", "ref_rejected")}
-    | {"chosen_length": st.integers(1, 9), "rejected_length": st.integers(1, 9)}
-    | {"margin": st.floats(0, 5), "wpo": st.floats(0.01, 1)}
-)
-PAIRS = st.lists(PAIR, min_size=1, max_size=4, unique_by=lambda p: p["chosen"])
-ORDER = ("chosen", "rejected", "ref_chosen", "ref_rejected")
-
-
-def call(names, pairs: list[dict], options: dict, dtype=torch.float64):
-    """dpo_loss on a list of pairs; its four log-probabilities as leaves, and its three results."""
-    columns = {key: torch.tensor([pair[key] for pair in pairs], dtype=dtype) for key in pairs[0]}
-    tensors = [columns[key].requires_grad_() for key in ORDER]
-    options = {key: value for key, value in options.items() if key != "wpo"} | (
-        {"wpo_weights": columns["wpo"]} if options.get("wpo") else {}
-    )
-    more = {f"{which}_lengths": columns[f"{which}_length"].long() for which in ("chosen", "rejected")}
-    more |= {"margins": columns["margin"]}
-    return tensors, dpo_loss(*tensors, loss_type=names, **more, **options)
-
-
-def assert_equal_to_the_closed_form(names, weights, pairs, options):
-    given_options = {**options, **({"loss_weights": weights} if weights else {})}
-    tensors, (losses, chosen_rewards, rejected_rewards) = call(names, pairs, given_options)
-    names = [names] if isinstance(names, str) else names
-    if options.get("reference_free"):
-        pairs = [{**pair, "ref_chosen": 0.0, "ref_rejected": 0.0} for pair in pairs]
-    values, slopes, scale = closed_forms(names, weights or [1.0] * len(names), pairs, options)
-    assert losses.tolist() == near(values, scale)
-    beta = options["beta"]
-    assert chosen_rewards.tolist() == near([beta * (p["chosen"] - p["ref_chosen"]) for p in pairs])
-    assert rejected_rewards.tolist() == near([beta * (p["rejected"] - p["ref_rejected"]) for p in pairs])
-    assert not chosen_rewards.requires_grad and not rejected_rewards.requires_grad
+    expected, rewards, slopes = oracles.dpo_loss(**batch, **options)
+    leaves, (losses, *found_rewards) = call(batch, **options)
     losses.sum().backward()
-    for j, tensor in enumerate(tensors):
-        found = [0.0] * len(pairs) if tensor.grad is None else tensor.grad.tolist()
-        expected = [0.0 if options.get("reference_free") and j > 1 else slope[j] for slope in slopes]
-        assert found == near(expected, scale)
+    assert not any(reward.requires_grad for reward in found_rewards)
+    found = [losses, *found_rewards, *(leaf.grad for leaf in leaves)]
+    for one, other in zip(found, [expected, *rewards, *slopes], strict=True):
+        assert_same(one, other)
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
-@settings(max_examples=60)
-@given(data=st.data(), pairs=PAIRS, beta=st.floats(0.02, 2))
-def test_dpo_loss_equals_the_closed_form_with_every_option(loss_type, data, pairs, beta):
-    ranges = {key: RANGES[key] for key in OWN.get(loss_type, {})}
-    ranges |= DIVERGENCE if loss_type in OF_H else {}
-    ranges |= {"reference_free": st.booleans()} if loss_type not in NO_REFERENCE else {}
-    ranges |= {"wpo": st.booleans()} if loss_type not in (*BATCH, *RANKINGS) else {}
-    ranges |= {"rpo_alpha": st.none() | st.floats(0, 3)}
-    options = {key: data.draw(values, label=key) for key, values in ranges.items()}
-    if loss_type in BATCH and options["reference_free"]:  # zeros are ties: any order of them is right
-        options["reference_free"] = loss_type != "aot"
-    assert_equal_to_the_closed_form(loss_type, None, pairs, options | {"beta": beta})
+# -------------------------------------------------- value and gradient of each loss, by itself and through dpo_loss
+FAMILIES = {"h": taking("h"), "mean_h": taking("mean_h"), "lengths": taking("chosen_lengths")}
+FAMILIES |= {"batch": BATCH, "ratios": RANKINGS, "w and l": sorted({*taking("w", "l")} - {*FAMILIES["lengths"]})}
 
 
-@given(data=st.data(), pairs=PAIRS, beta=st.floats(0.02, 2))
-def test_a_mixture_is_the_weighted_sum_of_its_losses(data, pairs, beta):
-    mixable = data.draw(st.sampled_from([[name for name in LOSSES if name not in RANKINGS], [*RANKINGS, "sft"]]))
-    names = data.draw(st.lists(st.sampled_from(mixable), min_size=1, max_size=4, unique=True))
-    weights = data.draw(st.none() | st.lists(st.floats(0, 3), min_size=len(names), max_size=len(names)))
-    options = {"beta": beta, "rpo_alpha": data.draw(st.none() | st.floats(0, 3))}
+def test_every_loss_has_an_oracle_with_its_parameters_and_the_defaults_of_its_paper():
+    assert sorted(name for family in FAMILIES.values() for name in family) == sorted(LOSSES)
+    for name, loss in LOSSES.items():
+        own, expected = (inspect.signature(f).parameters.values() for f in (loss, getattr(oracles, name)))
+        assert [(p.name, p.default, p.kind) for p in own] == [(p.name, p.default, p.kind) for p in expected], name
+
+
+def of_family(family: str):
+    """A test of the losses of a family: each equals its oracle, by itself and in `dpo_loss`, value and gradient."""
+
+    @pytest.mark.parametrize("name", FAMILIES[family])
+    @settings(max_examples=40)
+    @given(data=st.data())
+    def test(name, data):
+        check_function(name, data)
+        check_dpo_loss(name, data)
+
+    return test
+
+
+test_sigmoid_robust_hinge_exo_pair_discopop_odpo_and_r_dpo_are_functions_of_h = of_family("h")
+test_ipo_is_a_regression_of_the_difference_of_means = of_family("mean_h")
+test_nca_bco_sppo_apo_dpop_and_chipo_look_at_each_completion_by_itself = of_family("w and l")
+test_sigmoid_norm_simpo_orpo_cpo_and_sft_divide_by_lengths = of_family("lengths")
+test_aot_compares_quantiles_of_the_batch = of_family("batch")
+test_plackett_luce_and_exo_rank_completions = of_family("ratios")
+
+
+@given(data=st.data())
+def test_f_divergences_and_capped_exp_equal_their_closed_forms(data):
+    check_function("f_derivative", data)
+    check_function("capped_exp", data)
+
+
+@given(data=st.data())
+def test_a_mixture_is_the_weighted_sum_of_its_losses(data):
+    mixable = data.draw(st.sampled_from([PAIRS, [*PAIRS, *BATCH], [*taking("h", "mean_h"), "sft"], [*RANKINGS, "sft"]]))
+    names = data.draw(st.lists(st.sampled_from(mixable), min_size=1, max_size=4, unique=True), label="names")
+    weights = st.lists(st.floats(0, 3), min_size=len(names), max_size=len(names))
+    check_dpo_loss(names, data, data.draw(st.none() | weights, label="weights"))
+
+
+def test_parts_are_the_losses_of_a_mixture_by_name_each_computed_once(monkeypatch):
+    names, calls, parts = ["sigmoid", "ipo", "sft"], [], {}
     for name in names:
-        options |= {key: data.draw(RANGES[key], label=key) for key in OWN.get(name, {}) if key not in options}
-    options["wpo"] = not set(names) & {*BATCH, *RANKINGS} and data.draw(st.booleans())
-    if not set(names) - {*OF_H, "sft"} and set(names) != {"sft"}:
-        options |= {key: data.draw(values, label=key) for key, values in DIVERGENCE.items()}
-    assert_equal_to_the_closed_form(names, weights, pairs, options)
+        counted = lambda name=name, loss=LOSSES[name], **given: calls.append(name) or loss(**given)  # noqa: E731
+        monkeypatch.setitem(LOSSES, name, counted)
+    batch = random_batch(3) | {"wpo_weights": np.array([0.1, 0.5, 0.7, 1.0])}
+    mixture = losses_of(batch, names, loss_weights=[0.5, 2.0, 3.0], rpo_alpha=0.7, parts=parts)
+    assert calls == list(parts) == names
+    for name, part in parts.items():
+        assert_same(part, oracles.dpo_loss(**batch, loss_type=name)[0])
+    assert_same(0.5 * parts["sigmoid"] + 2 * parts["ipo"] + 3.7 * parts["sft"], mixture)  # the RPO term is sft, too
 
 
-DEFAULTS = {
-    "discopop": {"discopop_tau": 0.05},
-    "bco_pair": {"delta": 0.0},
-    "dpop": {"dpop_lambda": 50.0},
-    "chipo": {"chipo_clip": 10.0},
-    "simpo": {"gamma": 0.5},
-    "orpo": {"orpo_lambda": 0.1},
-    "cpo": {"cpo_alpha": 1.0},
-    "r_dpo": {"alpha": 0.01},
-    "exo": {"exo_beta_r": 1.0},
-}
+def test_a_new_loss_is_a_function_and_a_row_of_the_table(monkeypatch):
+    def toy_loss(w, margins, *, beta=1.0, toy_scale=2.0):
+        return toy_scale * beta * w - margins
 
-
-@pytest.mark.parametrize("loss_type", [name for name in LOSSES if name not in BATCH])
-@settings(max_examples=25)
-@given(pair=PAIR)
-def test_the_defaults_are_those_of_the_papers(loss_type, pair):
-    _, (losses, _, _) = call(loss_type, [pair], {})
-    theirs = {ours: theirs for theirs, ours in OWN.get(loss_type, {}).items()}
-    options = {theirs[key]: value for key, value in DEFAULTS.get(loss_type, {}).items() if key in theirs}
-    assert losses.item() == near(closed_form(loss_type, pair, {"beta": 0.1, **options})[0])
-    defaults = {
-        p.name: p.default
-        for p in inspect.signature(LOSSES[loss_type]).parameters.values()
-        if p.default not in (p.empty, None)  # None where a tensor may be left out
-    }
-    beta = {} if loss_type in ("orpo", "sft") else {"beta": 2.0 if loss_type in ("simpo", "sigmoid_norm") else 0.1}
-    smoothing = {"label_smoothing": 0.0} if "label_smoothing" in OWN.get(loss_type, {}) else {}
-    assert defaults == beta | smoothing | DEFAULTS.get(loss_type, {})
-
-
-@pytest.mark.parametrize("loss_type", ["ipo", "sigmoid_norm", "simpo", "orpo", "cpo", "sft"])
-@settings(max_examples=25)
-@given(pair=PAIR)
-def test_without_lengths_log_probabilities_are_means_already(loss_type, pair):
-    tensors = [torch.tensor([pair[key]], dtype=torch.float64) for key in ORDER]
-    losses, _, _ = dpo_loss(*tensors, loss_type=loss_type)
-    of_length_1 = {**pair, "chosen_length": 1, "rejected_length": 1}
-    assert losses.item() == near(closed_form(loss_type, of_length_1, {"beta": 0.1})[0])
+    monkeypatch.setitem(LOSSES, "toy", toy_loss)
+    monkeypatch.setitem(PARAMETERS, "toy", inspect.signature(toy_loss).parameters)
+    batch = random_batch(3)
+    values = 2 * 0.5 * (batch["chosen_logps"] - batch["ref_chosen_logps"]) - batch["margins"]
+    assert losses_of(batch, "toy", beta=0.5) == near(values)
+    assert losses_of(batch, ["toy", "sft"], loss_weights=[1.0, 0.0], toy_scale=10.0) == near(values)  # β is 0.1
 
 
 # ------------------------------------------------------------------------------------------- the properties, by name
-
-
-@pytest.mark.parametrize("loss_type", [name for name in LOSSES if name not in NO_REFERENCE])
+@pytest.mark.parametrize("loss_type", REFERENCED)
 @settings(max_examples=25)
-@given(pairs=PAIRS, shift=st.floats(-20, 20))
-def test_a_constant_on_policy_and_reference_changes_nothing(loss_type, pairs, shift):
-    divergence = {"f_divergence_type": "js_divergence"} if loss_type in OF_H else {}
-    _, (losses, *rewards) = call(loss_type, pairs, divergence)
-    for which in ("chosen", "rejected"):
-        moved = [{**p, which: p[which] + shift, f"ref_{which}": p[f"ref_{which}"] + shift} for p in pairs]
-        _, (again, *rewards_again) = call(loss_type, moved, divergence)
-        if loss_type == "aot":  # sorts policy and reference each by itself: one constant for the whole batch only
-            assert again.sum().item() == near(losses.sum().item())
-        else:
-            assert again.tolist() == near(losses.tolist())
+@given(batch=BATCHES, shift=st.floats(-20, 20))
+def test_a_constant_on_policy_and_reference_changes_nothing(loss_type, batch, shift):
+    options = {"loss_type": loss_type} | ({"f_divergence_type": "js_divergence"} if loss_type in OF_H else {})
+    _, (losses, *rewards) = call(batch, **options)
+    for which in ("chosen_logps", "rejected_logps"):
+        moved = {**batch, which: batch[which] + shift, f"ref_{which}": batch[f"ref_{which}"] + shift}
+        _, (again, *rewards_again) = call(moved, **options)
+        assert again.tolist() == near(losses.tolist())
         assert [r.tolist() for r in rewards_again] == [near(r.tolist()) for r in rewards]
 
 
-KNOWN = {  # with w = l = 0 and β = 0.1; log 2 = 0.693...
-    "sigmoid": math.log(2),
-    "robust": math.log(2),
-    "hinge": 1.0,
-    "ipo": 25.0,
-    "exo_pair": -math.log(2) - 0.5 * (math.log(0.999) + math.log(0.001)),
-    "nca_pair": 2 * math.log(2),
-    "bco_pair": 2 * math.log(2),
-    "sppo_hard": 50.0,
-    "aot": math.log(2),
-    "aot_pair": math.log(2),
-    "aot_unpaired": math.log(2),
-    "apo_zero": 1.0,
-    "apo_down": 1.0,
-    "discopop": 0.5 * math.log(2) + 0.5,
-    "sigmoid_norm": math.log(2),
-    "dpop": math.log(2),
-    "odpo": math.log1p(math.exp(1.5)),
-    "r_dpo": math.log1p(math.exp(-0.02)),
-    "chipo": math.log(2),
-    "plackett_luce": math.log(2),
-    "exo": -math.log(2) - 0.5 * (math.log(0.999) + math.log(0.001)),
-    # These four see the policy alone: log π = −6 and −4 over 3 and 1 tokens.
-    "sft": 2.0,
-    "simpo": math.log1p(math.exp(-0.1 * (-2 + 4) + 0.5)),
-    "orpo": 2 + 0.1 * math.log1p((1 - math.exp(-2)) / math.exp(-2) * math.exp(-4) / (1 - math.exp(-4))),
-    "cpo": math.log1p(math.exp(0.2)) + 2.0,
-}
+LN_2 = math.log(2)
+KNOWN = dict.fromkeys("sigmoid robust aot aot_pair aot_unpaired sigmoid_norm dpop chipo plackett_luce".split(), LN_2)
+KNOWN |= {"hinge": 1.0, "ipo": 25.0, "sppo_hard": 50.0, "apo_zero": 1.0, "apo_down": 1.0}  # β = 0.1
+KNOWN |= {"nca_pair": 2 * LN_2, "bco_pair": 2 * LN_2, "discopop": 0.5 * LN_2 + 0.5}
+KNOWN |= dict.fromkeys(("exo_pair", "exo"), -LN_2 - 0.5 * (math.log(0.999) + math.log(0.001)))
+KNOWN |= {"odpo": math.log1p(math.exp(1.5)), "r_dpo": math.log1p(math.exp(-0.02))}
+# These four see the policy alone: log π = −6 and −4 over 3 and 1 tokens.
+KNOWN |= {"sft": 2.0, "cpo": math.log1p(math.exp(0.2)) + 2, "simpo": math.log1p(math.exp(-0.1 * (-2 + 4) + 0.5))}
+KNOWN["orpo"] = 2 + 0.1 * math.log1p((1 - math.exp(-2)) / math.exp(-2) * math.exp(-4) / (1 - math.exp(-4)))
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
-@pytest.mark.parametrize("f_divergence_type", ["reverse_kl", "js_divergence", "alpha_divergence", "forward_kl"])
-def test_policy_equal_to_reference_has_the_known_loss_and_no_reward(loss_type, f_divergence_type):
-    if f_divergence_type != "reverse_kl" and loss_type not in OF_H:
-        return
-    pair = {"chosen": -6.0, "rejected": -4.0, "ref_chosen": -6.0, "ref_rejected": -4.0}
-    pair |= {"chosen_length": 3, "rejected_length": 1, "margin": 1.5}
-    _, (losses, *rewards) = call(loss_type, [pair] * 2, {"f_divergence_type": f_divergence_type, "beta": 0.1})
-    assert losses.tolist() == near([KNOWN[loss_type]] * 2)
-    assert [reward.tolist() for reward in rewards] == [[0, 0]] * 2
+@pytest.mark.parametrize("loss_type", KNOWN)
+def test_policy_equal_to_reference_has_the_known_loss_and_no_reward(loss_type):
+    batch = {"chosen_logps": -6.0, "rejected_logps": -4.0, "ref_chosen_logps": -6.0, "ref_rejected_logps": -4.0}
+    batch = {key: np.array([value] * 2) for key, value in batch.items()} | {"margins": np.array([1.5] * 2)}
+    batch |= {"chosen_lengths": np.array([3, 3]), "rejected_lengths": np.array([1, 1])}
+    for kind in KINDS if loss_type in OF_H else KINDS[:1]:
+        _, (losses, *rewards) = call(batch, loss_type=loss_type, f_divergence_type=kind)
+        assert losses.tolist() == near([KNOWN[loss_type]] * 2)
+        assert not any(reward.any() for reward in rewards)
 
 
 FAR = [0.0, 1.0, -39.9, 40.1, 60.0, -60.0, 89.0, -89.0, 1e3, -1e3, 1e4, -1e4]
-EXTREME = {  # options that make it worse
-    "discopop": [{}, {"discopop_tau": 1.0}, {"discopop_tau": 2.0}],
-    "chipo": [{}, {"chipo_clip": 1e4}],
-    "bco_pair": [{"bco_delta": -30.0}],
-} | {name: [{}, {"label_smoothing": 0.4}] for name in ("sigmoid", "robust", "exo_pair", "exo", *BATCH)}
-DIVERGENCES = [{"f_divergence_type": name} for name in ("js_divergence", "forward_kl")]
+WORSE = [{}, {"label_smoothing": 0.4}, {"chipo_clip": 1e4}, {"bco_delta": -30.0}]  # options that make it worse
+WORSE += [{"discopop_tau": tau} for tau in (1.0, 2.0)]
+DIVERGENCES = [{}, *({"f_divergence_type": name} for name in ("js_divergence", "forward_kl"))]
 DIVERGENCES += [{"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": a} for a in (-1.0, 0.3, 1.0, 2.0)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_value_and_gradient_are_finite_however_far_apart(loss_type, dtype):
-    columns = [torch.tensor(FAR, dtype=dtype)[i] for i in torch.cartesian_prod(*[torch.arange(len(FAR))] * 2).unbind(1)]
-    ones = torch.ones(len(columns[0]), dtype=dtype)
-    for options in EXTREME.get(loss_type, [{}]):
-        for divergence in [{}, *(DIVERGENCES if loss_type in OF_H else [])]:
+    columns = torch.cartesian_prod(*[torch.tensor(FAR, dtype=dtype)] * 2).unbind(1)
+    ones = torch.ones_like(columns[0])
+    more = {"chosen_lengths": ones, "rejected_lengths": ones, "margins": ones, "loss_type": loss_type}
+    for options in [options for options in WORSE if set(options) <= set(PARAMETERS[loss_type])]:
+        for divergence in DIVERGENCES if loss_type in OF_H else [{}]:
             for beta in (0.1, 1.0):
-                tensors = [column.clone().requires_grad_() for column in columns]
-                losses, _, _ = dpo_loss(
-                    *tensors,
-                    *(0 * ones, 0 * ones),
-                    loss_type=loss_type,
-                    chosen_lengths=ones,
-                    rejected_lengths=ones,
-                    margins=ones,
-                    beta=beta,
-                    **options,
-                    **divergence,
-                )
+                leaves = [column.clone().requires_grad_() for column in columns]
+                losses, _, _ = dpo_loss(*leaves, 0 * ones, 0 * ones, **more, beta=beta, **options, **divergence)
                 losses.sum().backward()
-                assert losses.dtype == torch.float32
-                assert torch.isfinite(losses).all()
+                assert losses.dtype == torch.float32 and torch.isfinite(losses).all()
                 if dtype != torch.float16:  # its own largest number is 65504
-                    assert all(t.grad is None or torch.isfinite(t.grad).all() for t in tensors)
+                    assert all(leaf.grad is None or torch.isfinite(leaf.grad).all() for leaf in leaves)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", LOSS_FUNCTIONS)
+def far_inputs(name: str, seed: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    """Inputs as far apart as it gets for a function of losses.py; for those of rankings a mask, too."""
+    generator, inputs = torch.Generator().manual_seed(seed), {}
+    shape, far = (100, 4) if name in RANKINGS else (100,), torch.tensor(FAR, dtype=dtype)
+    far = far / 10 if dtype == torch.float16 else far  # its own largest number is 65504
+    for key in oracles.parameters(name)[0]:
+        inputs[key] = far[torch.randint(len(FAR), shape, generator=generator)]
+        if "lengths" in key:
+            inputs[key] = torch.randint(1, 20, shape, generator=generator).to(dtype)
+        elif "logps" in key:
+            inputs[key] = -inputs[key].abs()
+    mask = {"mask": torch.arange(4) < torch.randint(2, 5, (100, 1), generator=generator)} if name in RANKINGS else {}
+    return inputs | mask
+
+
+ALONE = [(name, dtype) for name in FUNCTIONS for dtype in (torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*ALONE, *((name, torch.float16) for name in RANKINGS)])
 def test_each_function_by_itself_is_finite_however_far_apart(name, dtype):
-    inputs = random_inputs(name, 0, dtype)
-    parameters = list(inspect.signature(function(name)).parameters)
-    for far in FAR:
-        tensors = [
-            tensor
-            if "lengths" in key
-            else (tensor * 0 + (-abs(far) if "means" in key or "logps" in key else far * sign))
-            for tensor, key, sign in zip(inputs, parameters, (1, -1, 1, 1), strict=False)
-        ]
-        tensors = [tensor.requires_grad_() for tensor in tensors]
-        result = function(name)(*tensors)
-        result.sum().backward()
+    inputs = far_inputs(name, 0, dtype)
+    for left_out in ([], ["mask"], ["mask", "scores"]):
+        given = {key: value for key, value in inputs.items() if key not in left_out}
+        leaves = [value.requires_grad_() for key, value in given.items() if key != "mask" and "lengths" not in key]
+        result = FUNCTIONS[name](**given)
         assert result.dtype == dtype and torch.isfinite(result).all()
-        assert all(torch.isfinite(tensor.grad).all() for tensor in tensors)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("name", "inputs"), [("plackett_luce_loss", 1), ("exo_loss", 1), ("exo_loss", 2)])
-def test_losses_of_many_completions_are_finite_however_far_apart(name, inputs, dtype):
-    generator = torch.Generator().manual_seed(0)
-    far = torch.tensor(FAR, dtype=dtype) / (10 if dtype == torch.float16 else 1)  # its own largest number is 65504
-    tensors = [far[torch.randint(len(FAR), (200, 4), generator=generator)].requires_grad_() for _ in range(inputs)]
-    fewer = torch.arange(4) < torch.randint(2, 5, (200, 1), generator=generator)
-    for mask in (None, fewer):
-        result = function(name)(*tensors, beta=1.0, mask=mask)
-        grads = torch.autograd.grad(result.sum(), tensors)
-        assert torch.isfinite(result).all() and all(torch.isfinite(grad).all() for grad in grads)
-    if dtype == torch.float32:
-        for i, there in enumerate(fewer):
-            alone = function(name)(*(tensor[i : i + 1, there] for tensor in tensors), beta=1.0)
-            assert result[i].item() == pytest.approx(alone.item(), rel=1e-5, abs=1e-5)
+        assert all(torch.isfinite(grad).all() for grad in torch.autograd.grad(result.sum(), leaves))
 
 
 def test_bfloat16_inputs_are_subtracted_in_float32():
-    pair = {"chosen": -300.0, "rejected": -296.0, "ref_chosen": -302.0, "ref_rejected": -299.0}
-    tensors = [torch.tensor([pair[key]], dtype=torch.bfloat16) for key in ORDER]
-    exact = [tensor.double() for tensor in tensors]
-    assert dpo_loss(*tensors, beta=0.3)[0].item() == pytest.approx(dpo_loss(*exact, beta=0.3)[0].item(), rel=1e-6)
-    chosen, rejected = torch.tensor([256.0]).bfloat16(), torch.tensor([1.0]).bfloat16()
-    zero = torch.zeros(1).bfloat16()
-    losses, rewards, _ = dpo_loss(chosen, rejected, zero, zero, loss_type="hinge", beta=-1.0)
-    assert losses.item() == 256.0 and rewards.dtype == torch.float32  # 256 − 1 is 256 in bfloat16
+    leaves = [torch.tensor([value], dtype=torch.bfloat16) for value in (-300.0, -296.0, -302.0, -299.0)]
+    exact = [leaf.double() for leaf in leaves]
+    assert dpo_loss(*leaves, beta=0.3)[0].item() == pytest.approx(dpo_loss(*exact, beta=0.3)[0].item(), rel=1e-6)
+    chosen, rejected, zero = (torch.tensor([value]).bfloat16() for value in (256.0, 1.0, 0.0))
+    losses, *rewards = dpo_loss(chosen, rejected, zero, zero, loss_type="hinge", beta=-1.0)
+    assert losses.item() == 256.0  # 256 − 1 is 256 in bfloat16
+    assert {losses.dtype, *(reward.dtype for reward in rewards)} == {torch.float32}
 
 
 @given(x=st.floats(-1e6, 1e6))
 def test_capped_exp_rises_without_a_kink_and_its_square_stays_in_float32(x):
-    tensors = [torch.tensor(value, requires_grad=True) for value in (x, x + 1)]
-    values = [capped_exp(tensor) for tensor in tensors]
-    assert values[1] >= values[0] and torch.isfinite(values[1] ** 2)
-    (slope,) = torch.autograd.grad(values[0] ** 2, tensors[0])
+    leaf = torch.tensor(x, requires_grad=True)
+    assert torch.isfinite(capped_exp(leaf + 1) ** 2) and capped_exp(leaf + 1) >= capped_exp(leaf)
+    (slope,) = torch.autograd.grad(capped_exp(leaf) ** 2, leaf)
     assert torch.isfinite(slope) and slope >= 0
-    below, above = (torch.tensor(40 + step, dtype=torch.float64, requires_grad=True) for step in (-1e-9, 1e-9))
-    slopes = [torch.autograd.grad(capped_exp(t), t)[0].item() for t in (below, above)]
-    assert slopes == pytest.approx([math.exp(40)] * 2, rel=1e-7)
+    around = torch.tensor([40 - 1e-9, 40 + 1e-9], dtype=torch.float64, requires_grad=True)
+    (slopes,) = torch.autograd.grad(capped_exp(around).sum(), around)
+    assert slopes.tolist() == pytest.approx([math.exp(40)] * 2, rel=1e-7)
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 @settings(max_examples=25)
-@given(pairs=PAIRS, random=st.randoms(use_true_random=False))
-def test_reordering_the_batch_reorders_the_losses(loss_type, pairs, random):
-    order = list(range(len(pairs)))
-    random.shuffle(order)
-    _, (losses, *rewards) = call(loss_type, pairs, {})
-    _, (again, *rewards_again) = call(loss_type, [pairs[i] for i in order], {})
+@given(batch=BATCHES, seed=st.integers(0, 99))
+def test_reordering_the_batch_reorders_the_losses(loss_type, batch, seed):
+    order = np.random.default_rng(seed).permutation(len(batch["margins"]))
+    _, (losses, *rewards) = call(batch, loss_type=loss_type)
+    _, (again, *rewards_again) = call({key: value[order] for key, value in batch.items()}, loss_type=loss_type)
     if loss_type in BATCH:  # quantiles belong to no pair: they stay where they are
         assert again.tolist() == near(losses.tolist())
-        assert again.mean().item() == near(losses.mean().item())
     else:
         assert torch.equal(again, losses[order])
     assert all(torch.equal(a, b[order]) for a, b in zip(rewards_again, rewards, strict=True))
 
 
-@given(pairs=PAIRS, beta=BETA["beta"])
-def test_limit_robust_without_flips_is_sigmoid(pairs, beta):
-    losses = [call(name, pairs, {"beta": beta})[1][0].tolist() for name in ("robust", "sigmoid")]
-    assert losses[0] == near(losses[1])
-
-
-@given(h=ratios, beta=BETA["beta"], epsilon=st.floats(0, 0.49))
-def test_expectation_of_robust_over_flipped_labels_is_the_clean_sigmoid_loss(h, beta, epsilon):
-    h = torch.tensor([h], dtype=torch.float64)
-    right, flipped = (dpo.losses.robust_loss(sign * h, beta=beta, label_smoothing=epsilon) for sign in (1, -1))
-    clean = dpo.losses.sigmoid_loss(h, beta=beta)
-    assert ((1 - epsilon) * right + epsilon * flipped).item() == near(clean.item(), scale=1e5)
-
-
-@given(z=small)
-def test_limit_alpha_divergence_goes_from_reverse_kl_to_forward_kl(z):
-    def score(name, alpha=1.0):
-        tensor = torch.tensor([z], dtype=torch.float64)
-        options = {"f_divergence_type": name, "f_alpha_divergence_coef": alpha}
-        return dpo.losses.f_divergence_score(tensor, **options).item()
-
-    assert score("alpha_divergence", 1.0) == score("forward_kl") == near(-math.expm1(-z))
-    assert score("alpha_divergence", 0.0) == score("alpha_divergence", 1e-9) == score("reverse_kl") == z
-    for alpha in (1e-5, -1e-5):
-        assert score("alpha_divergence", alpha) == pytest.approx(z - alpha * z * z / 2, rel=1e-9, abs=1e-6)
-
-
-@given(ratio=st.floats(1e-4, 1e4))
-def test_scores_are_the_derivatives_of_their_divergences(ratio):
-    generators = {  # f with f(1) = 0, up to a multiple of u − 1; Wang et al., table 1
-        ("reverse_kl", 1.0): lambda u: u * math.log(u),
-        ("forward_kl", 1.0): lambda u: -math.log(u),
-        ("js_divergence", 1.0): lambda u: u * math.log(u) - (u + 1) * math.log((u + 1) / 2),
-        ("alpha_divergence", 0.4): lambda u: (u**0.6 - 0.6 * u - 0.4) / (0.4 * (0.4 - 1)),
-    }
-    for (name, alpha), f in generators.items():
-        step = 1e-5 * ratio
-        slopes = [(f(u + step) - f(u - step)) / (2 * step) for u in (ratio, 1.0 * ratio * 1.5)]
-        z = torch.tensor([ratio, ratio * 1.5], dtype=torch.float64).log()
-        scores = dpo.losses.f_divergence_score(z, f_divergence_type=name, f_alpha_divergence_coef=alpha).tolist()
-        assert scores[1] - scores[0] == pytest.approx(slopes[1] - slopes[0], rel=1e-3, abs=1e-4)
-
-
-@pytest.mark.parametrize("loss_type", BATCH)
-@settings(max_examples=25)
-@given(pair=PAIR, beta=BETA["beta"], label_smoothing=SMOOTH["label_smoothing"])
-def test_limit_aot_at_batch_1_is_sigmoid(loss_type, pair, beta, label_smoothing):
-    options = {"beta": beta, "label_smoothing": label_smoothing}
-    losses = [call(name, [pair], options)[1][0].tolist() for name in (loss_type, "sigmoid")]
-    assert losses[0] == near(losses[1])
+@settings(max_examples=50)
+@given(batch=BATCHES, beta=RANGES["beta"], alpha=st.floats(0, 3))
+def test_limits_that_lead_back_to_sigmoid(batch, beta, alpha):
+    pairs, plain = len(batch["margins"]), losses_of(batch, "sigmoid", beta=beta)
+    short = batch | {key: np.ones(pairs, dtype=int) for key in ("chosen_lengths", "rejected_lengths")}
+    even, no_margin = short | {"chosen_lengths": short["rejected_lengths"]}, batch | {"margins": np.zeros(pairs)}
+    for name in ("robust", "plackett_luce"):
+        assert losses_of(batch, name, beta=beta) == near(plain)
+    assert losses_of(no_margin, "odpo", beta=beta) == near(plain)
+    assert losses_of(even, "r_dpo", beta=beta, r_dpo_alpha=0.7) == near(plain)
+    assert losses_of(batch, "r_dpo", beta=beta, r_dpo_alpha=0.0) == near(plain)
+    assert losses_of(batch, "dpop", beta=beta, dpop_lambda=0.0) == near(plain)
+    assert losses_of(short, "sigmoid_norm", beta=beta) == near(plain)
+    uniform = losses_of(batch, "sigmoid", beta=beta, reference_free=True)
+    assert losses_of(batch, "cpo", beta=beta, cpo_alpha=0.0) == near(uniform)
+    assert losses_of(short, "simpo", beta=beta, simpo_gamma=0.0) == near(uniform)
+    one, smoothed = {key: value[:1] for key, value in batch.items()}, {"beta": beta, "label_smoothing": 0.2}
+    for name in BATCH:
+        assert losses_of(one, name, **smoothed) == near(losses_of(one, "sigmoid", **smoothed))
+    with_sft = losses_of(batch, ["sigmoid", "sft"], beta=beta, loss_weights=[1.0, alpha])
+    assert with_sft == near(losses_of(batch, "sigmoid", beta=beta, rpo_alpha=alpha))
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
-@settings(max_examples=25)
-@given(pairs=PAIRS)
-def test_limit_a_mixture_of_one_loss_is_that_loss(loss_type, pairs):
-    losses = [call(names, pairs, {})[1][0] for names in (loss_type, [loss_type])]
-    assert torch.equal(*losses)
-    assert torch.equal(2 * losses[0], call([loss_type], pairs, {"loss_weights": [2.0]})[1][0])
+def test_limit_a_mixture_of_one_loss_is_that_loss(loss_type):
+    batch = random_batch(3)
+    assert np.array_equal(losses_of(batch, loss_type), losses_of(batch, [loss_type]))
+    assert np.array_equal(2 * losses_of(batch, loss_type), losses_of(batch, [loss_type], loss_weights=[2.0]))
 
 
-@given(pairs=PAIRS, alpha=st.floats(0, 3), wpo=st.booleans())
-def test_limit_a_mixture_of_sigmoid_and_sft_is_sigmoid_with_the_rpo_term(pairs, alpha, wpo):
-    mixed = call(["sigmoid", "sft"], pairs, {"loss_weights": [1.0, alpha], "wpo": wpo})[1][0]
-    assert mixed.tolist() == near(call("sigmoid", pairs, {"rpo_alpha": alpha, "wpo": wpo})[1][0].tolist())
+@given(h=RANGES["h"], beta=RANGES["beta"], epsilon=st.floats(1e-6, 0.49))
+def test_limits_of_flipped_labels(h, beta, epsilon):
+    """Robust is the clean loss in expectation; exo of two completions scored log(1−ε), log ε is exo_pair."""
+    h, scores = torch.tensor([h], dtype=torch.float64), torch.tensor([[1 - epsilon, epsilon]]).double().log()
+    right, flipped = (dpo.losses.robust_loss(sign * h, beta=beta, label_smoothing=epsilon) for sign in (1, -1))
+    clean = dpo.losses.sigmoid_loss(h, beta=beta)
+    assert ((1 - epsilon) * right + epsilon * flipped).item() == near(clean.item(), scale=1e5)
+    ratios, pair = torch.stack([h, 0 * h], -1), dpo.losses.exo_pair_loss(h, beta=beta, label_smoothing=epsilon)
+    assert dpo.losses.exo_loss(ratios, scores, beta=beta).item() == pytest.approx(pair.item(), rel=1e-6, abs=1e-6)
 
 
-@given(w=ratios, l=ratios, beta=BETA["beta"])
-def test_limit_plackett_luce_of_two_is_sigmoid(w, l, beta):
-    loss = dpo.losses.plackett_luce_loss(torch.tensor([[w, l]], dtype=torch.float64), beta=beta)
-    assert loss.item() == near(sigmoid(w - l, beta=beta)[0])
+@given(z=st.floats(-20, 20))
+def test_limit_alpha_divergence_goes_from_reverse_kl_to_forward_kl(z):
+    f = partial(f_derivative, torch.tensor(z, dtype=torch.float64))
+    found = {
+        alpha: f(f_divergence_type="alpha_divergence", f_alpha_divergence_coef=alpha).item()
+        for alpha in (0.0, 1e-9, 1.0, 1e-5, -1e-5)
+    }
+    assert found[0.0] == found[1e-9] == f(f_divergence_type="reverse_kl") == z
+    assert found[1.0] == f(f_divergence_type="forward_kl")
+    for alpha in (1e-5, -1e-5):
+        assert found[alpha] == pytest.approx(z - alpha * z * z / 2, rel=1e-9, abs=1e-6)
 
 
-@given(w=ratios, l=ratios, beta=BETA["beta"], epsilon=st.floats(1e-6, 0.49))
-def test_limit_exo_pair_is_exo_with_the_two_point_target(w, l, beta, epsilon):
-    two = torch.tensor([[w, l]], dtype=torch.float64)
-    target = torch.tensor([[math.log(1 - epsilon), math.log(epsilon)]], dtype=torch.float64)
-    full = dpo.losses.exo_loss(two, target, beta=beta)
-    pair = dpo.losses.exo_pair_loss(two[:, 0] - two[:, 1], beta=beta, label_smoothing=epsilon)
-    assert full.item() == near(pair.item())
-
-
-@settings(max_examples=25)
-@given(pairs=PAIRS, beta=BETA["beta"])
-def test_limits_that_lead_back_to_sigmoid(pairs, beta):
-    plain = call("sigmoid", pairs, {"beta": beta})[1][0].tolist()
-    even = [{**pair, "chosen_length": 7, "rejected_length": 7} for pair in pairs]
-    short = [{**pair, "chosen_length": 1, "rejected_length": 1} for pair in pairs]
-    bare = [{**pair, "ref_chosen": 0.0, "ref_rejected": 0.0} for pair in short]
-    no_margin = [{**pair, "margin": 0.0} for pair in pairs]
-    assert call("odpo", no_margin, {"beta": beta})[1][0].tolist() == near(plain)
-    assert call("r_dpo", even, {"beta": beta, "r_dpo_alpha": 0.7})[1][0].tolist() == near(plain)
-    assert call("r_dpo", pairs, {"beta": beta, "r_dpo_alpha": 0.0})[1][0].tolist() == near(plain)
-    assert call("dpop", pairs, {"beta": beta, "dpop_lambda": 0.0})[1][0].tolist() == near(plain)
-    assert call("sigmoid_norm", short, {"beta": beta})[1][0].tolist() == near(plain)
-    free = call("sigmoid", pairs, {"beta": beta, "reference_free": True})[1][0].tolist()
-    assert call("sigmoid", bare, {"beta": beta})[1][0].tolist() == near(free)
-    assert call("cpo", pairs, {"beta": beta, "cpo_alpha": 0.0})[1][0].tolist() == near(free)
-    assert call("simpo", short, {"beta": beta, "simpo_gamma": 0.0})[1][0].tolist() == near(free)
+@given(ratio=st.floats(1e-4, 1e4))
+def test_f_derivatives_are_the_derivatives_of_their_divergences(ratio):
+    generators = {  # f with f(1) = 0, up to a multiple of u − 1; Wang et al., table 1
+        ("reverse_kl", 1.0): lambda u: u * np.log(u),
+        ("forward_kl", 1.0): lambda u: -np.log(u),
+        ("js_divergence", 1.0): lambda u: u * np.log(u) - (u + 1) * np.log((u + 1) / 2),
+        ("alpha_divergence", 0.4): lambda u: (u**0.6 - 0.6 * u - 0.4) / (0.4 * (0.4 - 1)),
+    }
+    two, step = np.array([ratio, 1.5 * ratio]), 1e-5 * ratio  # their difference has no constant
+    for (name, alpha), f in generators.items():
+        slopes = (f(two + step) - f(two - step)) / (2 * step)
+        found = f_derivative(torch.tensor(two).log(), f_divergence_type=name, f_alpha_divergence_coef=alpha)
+        assert found.diff().item() == pytest.approx(np.diff(slopes).item(), rel=1e-3, abs=1e-4)
 
 
 def test_sides_are_taken_as_the_papers_take_them():
     """Which of two completions, and which sign: what a closed form copied wrongly would get wrong, too."""
     h, ones = torch.tensor([3.0]), torch.ones(1)
-    assert dpo.losses.r_dpo_loss(h, 50 * ones, ones) < dpo.losses.r_dpo_loss(h, ones, ones)  # length explains it
+    assert dpo.losses.r_dpo_loss(h, 50 * ones) < dpo.losses.r_dpo_loss(h, 0 * ones)  # length explains it
     assert dpo.losses.odpo_loss(h, ones) > dpo.losses.odpo_loss(h, 0 * ones)  # must win by more
-    assert dpo.losses.simpo_loss(-ones, -2 * ones, gamma=1.0) > dpo.losses.simpo_loss(-ones, -2 * ones, gamma=0.0)
-    assert dpo.losses.dpop_loss(-ones, -2 * ones) > dpo.losses.dpop_loss(
-        ones, 0 * ones
-    )  # the chosen one got less likely
+    simpo = partial(dpo.losses.simpo_loss, -ones, -2 * ones, ones, ones)
+    assert simpo(simpo_gamma=1.0) > simpo(simpo_gamma=0.0)
+    less_likely, more_likely = dpo.losses.dpop_loss(-ones, -2 * ones), dpo.losses.dpop_loss(ones, 0 * ones)
+    assert less_likely > more_likely  # of the chosen completion, at the same h
     for name in LOSSES:
-        tensors = [torch.tensor([value], requires_grad=True) for value in (-2.0, -3.0, -2.5, -2.5)]
-        losses, *_ = dpo_loss(*tensors, loss_type=name, margins=ones, chosen_lengths=ones, rejected_lengths=ones)
+        leaves = [torch.tensor([value], requires_grad=True) for value in (-2.0, -3.0, -2.5, -2.5)]
+        losses, *_ = dpo_loss(*leaves, loss_type=name, margins=ones, chosen_lengths=ones, rejected_lengths=ones)
         losses.sum().backward()
-        chosen, rejected = (0.0 if tensor.grad is None else tensor.grad.item() for tensor in tensors[:2])
+        chosen, rejected = (0.0 if leaf.grad is None else leaf.grad.item() for leaf in leaves[:2])
         assert (chosen < 0 or name == "apo_down") and (rejected > 0 or name == "sft"), name
 
 
-@pytest.mark.parametrize("loss_type", [name for name in LOSSES if name not in NO_REFERENCE])
-def test_reference_free_needs_no_reference_and_looks_at_none(loss_type):
-    policy = torch.tensor([-3.0, -1.0]), torch.tensor([-5.0, -0.5])
-    more = {"margins": torch.ones(2), "chosen_lengths": torch.tensor([2, 3]), "rejected_lengths": torch.tensor([1, 4])}
-    options = {"loss_type": loss_type, "beta": 0.5, **more}
-    without = dpo_loss(*policy, None, None, reference_free=True, **options)
-    with_one = dpo_loss(*policy, policy[1], policy[0], reference_free=True, **options)
-    zeros = dpo_loss(*policy, torch.zeros(2), torch.zeros(2), **options)
-    for a, b, c in zip(without, with_one, zeros, strict=True):
-        assert torch.equal(a, b) and torch.equal(a, c)
-    assert without[1].tolist() == [-1.5, -0.5]
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_reference_free_and_losses_of_the_policy_alone_need_no_reference_and_look_at_none(loss_type):
+    batch, free = random_batch(7), {"reference_free": True} if loss_type in REFERENCED else {}
+    more = {key: torch.tensor(value) for key, value in batch.items() if key not in FOUR}
+    policy = [torch.tensor(batch[key]) for key in FOUR[:2]]
+    without = dpo_loss(*policy, None, None, loss_type=loss_type, beta=0.5, **more, **free)
+    with_one = dpo_loss(*policy, *policy[::-1], loss_type=loss_type, beta=0.5, **more, **free)
+    zeros = dpo_loss(*policy, 0 * policy[0], 0 * policy[1], loss_type=loss_type, beta=0.5, **more)
+    assert torch.equal(without[0], with_one[0]) and all(map(torch.equal, without, zeros))
+    assert torch.equal(without[1], 0.5 * policy[0]) and torch.equal(without[2], 0.5 * policy[1])
+    assert not free or all(map(torch.equal, without, with_one))
 
 
-@pytest.mark.parametrize("loss_type", NO_REFERENCE)
-def test_losses_without_reference_take_none(loss_type):
-    policy = torch.tensor([-3.0, -1.0]), torch.tensor([-5.0, -0.5])
-    losses = [dpo_loss(*policy, *ref, loss_type=loss_type)[0] for ref in ((None, None), policy)]
-    assert torch.equal(*losses)
+@pytest.mark.parametrize("loss_type", sorted({*LOSSES} - {*taking("rejected_lengths", "mean_h", "length_difference")}))
+def test_lengths_of_the_chosen_completions_are_enough_where_only_they_count(loss_type):
+    both, one = random_batch(6), random_batch(6)
+    del one["rejected_lengths"]
+    assert np.array_equal(losses_of(one, loss_type, rpo_alpha=1.0), losses_of(both, loss_type, rpo_alpha=1.0))
 
 
 # --------------------------------------------------------------------------------------------------------- refusals
-
-FOUR = [torch.zeros(2)] * 4
-REFUSED = {
-    "unknown loss": ({"loss_type": "sigmoind"}, "loss_type 'sigmoind' is unknown"),
-    "unknown in a mixture": ({"loss_type": ["sigmoid", "nll"]}, "loss_type 'nll'"),
-    "no loss": ({"loss_type": []}, "loss_type .* at least one"),
-    "twice the same": ({"loss_type": ["sigmoid", "sigmoid"]}, "loss_type .* each once"),
-    "too few weights": ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights has 1 numbers for 2"),
-    "weights for one loss": ({"loss_weights": [1.0, 2.0]}, "loss_weights has 2 numbers for 1"),
-    "no weights for one loss": ({"loss_weights": []}, "loss_weights has 0 numbers for 1"),
-    "half the labels flipped": ({"label_smoothing": 0.5}, "label_smoothing is 0.5"),
-    "half, robust": ({"loss_type": "robust", "label_smoothing": 0.5}, "label_smoothing is 0.5"),
-    "most, exo": ({"loss_type": "exo_pair", "label_smoothing": 1.0}, "label_smoothing is 1.0"),
-    "negative share": ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
-    "no number": ({"label_smoothing": math.nan}, "label_smoothing is nan"),
-    "unknown divergence": ({"f_divergence_type": "chi"}, "f_divergence_type 'chi' is unknown"),
-}
+ZEROS = [torch.zeros(2)] * 4
+ONE_SIDED, NO_REFERENCE = {"chosen_lengths": torch.ones(2)}, dict.fromkeys(FOUR[2:])
+REFUSED = [  # options without meaning, message
+    ({"loss_type": "sigmoind"}, "loss_type 'sigmoind' is unknown"),
+    ({"loss_type": ["sigmoid", "nll"]}, "loss_type 'nll'"),
+    ({"loss_type": []}, "loss_type .* at least one"),
+    ({"loss_type": ["sigmoid", "sigmoid"]}, "loss_type .* each once"),
+    ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights has 1 numbers for 2"),
+    ({"loss_weights": [1.0, 2.0]}, "loss_weights has 2 numbers for 1"),
+    ({"loss_weights": []}, "loss_weights has 0 numbers for 1"),
+    ({"loss_type": "robust", "label_smoothing": 0.5}, "label_smoothing is 0.5"),
+    *(({"label_smoothing": share}, f"label_smoothing is {share}") for share in (0.5, 1.0, -0.1, math.nan)),
+    ({"f_divergence_type": "chi"}, "f_divergence_type 'chi' is unknown"),
+]
+LACKING = [  # tensors that lack or do not fit, message
+    ({"loss_type": "odpo"}, "odpo needs margins"),
+    ({"loss_type": "r_dpo"}, "r_dpo needs chosen_lengths and rejected_lengths"),
+    ({"rpo_alpha": 1.0}, "rpo_alpha needs chosen_lengths"),
+    ({"loss_type": "exo", "scores": torch.ones(2, 2), "label_smoothing": 0.1}, "label_smoothing .* exo"),
+    (NO_REFERENCE | {"loss_type": ["sft", "sigmoid"]}, "needs ref_chosen_logps"),
+]
 for _name in LOSSES:
-    if "label_smoothing" not in OWN.get(_name, {}):
-        REFUSED[f"{_name}, smoothing"] = ({"loss_type": _name, "label_smoothing": 0.1}, f"label_smoothing .* {_name}")
+    _of, _with_sigmoid = {"loss_type": _name}, {"loss_type": ["sigmoid", _name]}
+    if _name not in taking("label_smoothing"):
+        REFUSED.append((_of | {"label_smoothing": 0.1}, f"label_smoothing has no meaning for loss_type {_name}"))
     if _name not in OF_H:
-        for _kind in ("js_divergence", "alpha_divergence", "forward_kl"):
-            options = {"loss_type": _name, "f_divergence_type": _kind}
-            REFUSED[f"{_name}, {_kind}"] = (options, f"f_divergence_type {_kind} .* loss_type {_name}")
+        REFUSED += [(_of | {"f_divergence_type": kind}, f"{kind} .* loss_type {_name}") for kind in KINDS[1:]]
     if _name not in (*OF_H, "sft"):
-        options = {"loss_type": ["sigmoid", _name], "f_divergence_type": "js_divergence"}
-        REFUSED[f"sigmoid + {_name}, js_divergence"] = (options, "f_divergence_type js_divergence")
-    if _name in NO_REFERENCE:
-        REFUSED[f"{_name}, reference_free"] = ({"loss_type": _name, "reference_free": True}, "reference_free")
+        REFUSED.append((_with_sigmoid | {"f_divergence_type": "forward_kl"}, f"forward_kl .* sigmoid, {_name}"))
     if _name not in (*RANKINGS, "sft"):
-        REFUSED[f"plackett_luce + {_name}"] = ({"loss_type": ["plackett_luce", _name]}, "mixes losses of rankings")
+        REFUSED.append(({"loss_type": ["plackett_luce", _name]}, "mixes losses of rankings"))
+    if _name in taking("rejected_lengths", "mean_h", "length_difference"):
+        LACKING.append((_of | ONE_SIDED, f"{_name} needs both chosen_lengths and rejected_lengths"))
+    if _name in REFERENCED:
+        LACKING.append((_of | NO_REFERENCE, f"{_name} needs ref_chosen_logps"))
+    else:
+        REFUSED.append((_of | {"reference_free": True}, f"{_name} has no reference"))
+    if _name not in PAIRS:
+        LACKING.append((_of | {"wpo_weights": torch.ones(2)}, f"wpo_weights .* {_name}"))
+    if _name not in RANKINGS:
+        LACKING.append((_of | {"rejected_logps": torch.zeros(2, 3)}, f"{_name} is for pairs .* plackett_luce or exo"))
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_options_without_meaning_are_refused(case):
-    options, message = REFUSED[case]
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=str)
+def test_options_without_meaning_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         check_loss(**({"loss_type": "sigmoid"} | options))
     with pytest.raises(ValueError, match=message):
-        dpo_loss(*FOUR, **options)
+        dpo_loss(*ZEROS, **options)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"loss_type": "odpo"}, "odpo needs a margin"),
-        ({"loss_type": "r_dpo"}, "r_dpo need chosen_lengths"),
-        ({"rpo_alpha": 1.0}, "rpo_alpha .* chosen_lengths"),
-        *(
-            ({"loss_type": name, "wpo_weights": torch.ones(2)}, f"wpo_weights .* {name}")
-            for name in (*BATCH, *RANKINGS)
-        ),
-        ({"loss_type": "exo", "scores": torch.ones(2, 2), "label_smoothing": 0.1}, "label_smoothing .* exo"),
-        *(({"loss_type": name, "reference": None}, f"{name} needs ref_chosen_logps") for name in (*OF_W_AND_L, *BATCH)),
-        ({"loss_type": ["sft", "sigmoid"], "reference": None}, "needs ref_chosen_logps"),
-    ],
-)
-def test_what_a_loss_lacks_is_named(options, message):
-    reference = [None, None] if "reference" in options else FOUR[2:]
+@pytest.mark.parametrize(("arguments", "message"), LACKING)
+def test_tensors_that_lack_or_do_not_fit_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
-        dpo_loss(*FOUR[:2], *reference, **{key: value for key, value in options.items() if key != "reference"})
+        dpo_loss(**dict(zip(FOUR, ZEROS, strict=True)) | arguments)
+
+
+@pytest.mark.parametrize("option", ["simpo_gama", "h", "w", "length_difference", "ratios"])
+def test_options_that_no_loss_has_are_refused(option):
+    with pytest.raises(TypeError, match=f"no option '{option}'"):
+        dpo_loss(*ZEROS, **ONE_SIDED, **{option: torch.ones(2)})
 
 
 def test_combinations_with_a_meaning_are_taken():
-    assert check_loss("sigmoid") == ["sigmoid"]
-    assert check_loss(["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0], label_smoothing=0.1) == [
-        "sigmoid",
-        "bco_pair",
-        "sft",
-    ]
+    names = ["sigmoid", "bco_pair", "sft"]
+    assert check_loss(names, loss_weights=[0.8, 0.2, 1.0], label_smoothing=0.1) == names
     assert check_loss(["sft", "ipo"], f_divergence_type="forward_kl", reference_free=True) == ["sft", "ipo"]
-    for name in OF_H:
-        assert check_loss(name, f_divergence_type="js_divergence") == [name]
-    for name in ("sigmoid", "robust", "exo_pair", "exo", *BATCH):
-        assert check_loss(name, label_smoothing=0.49) == [name]
+    assert list(dpo.losses.OF_RANKINGS) == RANKINGS and list(dpo.losses.OVER_THE_BATCH) == BATCH
+    assert list(dpo.losses.WITH_F_DIVERGENCE) == OF_H and set(dpo.losses.WITH_REFERENCE) == set(REFERENCED)
 
 
 # ------------------------------------------------------------------------------- the leaf functions of logprobs.py
-
 LENGTHS = st.integers(1, 4).flatmap(lambda pairs: st.lists(st.integers(1, 7), min_size=2 * pairs, max_size=2 * pairs))
 
 
 def owners(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([i for i, length in enumerate(lengths) for _ in range(length)])
+    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
 
 
-@given(lengths=LENGTHS, ld_alpha=st.floats(0, 1))
-def test_ld_weights_equal_a_loop_over_tokens(lengths, ld_alpha):
-    expected, pairs = [], len(lengths) // 2
-    for i, length in enumerate(lengths):
-        shorter = min(lengths[i % pairs], lengths[i % pairs + pairs])
-        expected += [1.0 if t < shorter else ld_alpha for t in range(length)]
-    weights = dpo.logprobs.ld_weights(owners(lengths), torch.tensor(lengths), ld_alpha=ld_alpha)
-    assert weights.dtype == torch.float32 and weights.tolist() == pytest.approx(expected, abs=1e-6)
-
-
-@given(lengths=LENGTHS, seed=st.integers(0, 99))
-def test_limit_ld_alpha_1_is_the_plain_sum_and_0_the_sum_up_to_the_shorter_one(lengths, seed):
-    owner, generator = owners(lengths), torch.Generator().manual_seed(seed)
-    values = torch.randn(len(owner), generator=generator)
-    plain = dpo.logprobs.sum_by_owner(values, owner, len(lengths))
-    one, none = (
-        dpo.logprobs.sum_by_owner(
-            values * dpo.logprobs.ld_weights(owner, torch.tensor(lengths), ld_alpha=alpha), owner, len(lengths)
-        )
-        for alpha in (1.0, 0.0)
-    )
-    assert torch.equal(one, plain)
-    starts, pairs = np.cumsum([0, *lengths]), len(lengths) // 2
-    for i in range(len(lengths)):
-        shorter = min(lengths[i % pairs], lengths[i % pairs + pairs])
-        assert none[i].item() == pytest.approx(math.fsum(values[starts[i] : starts[i] + shorter].tolist()), abs=1e-5)
+@given(lengths=LENGTHS, ld_alpha=st.floats(0, 1), seed=st.integers(0, 99))
+def test_ld_dpo_weighs_the_tokens_beyond_the_shorter_completion(lengths, ld_alpha, seed):
+    owner, values = owners(lengths), torch.randn(sum(lengths), generator=torch.Generator().manual_seed(seed))
+    weights = dpo.logprobs.ld_weights(owner, torch.tensor(lengths), ld_alpha=ld_alpha)
+    assert weights.dtype == torch.float32
+    assert weights.tolist() == pytest.approx(oracles.ld_weights(lengths, ld_alpha), abs=1e-6)
+    sums = dpo.logprobs.sum_by_owner(values * weights, owner, len(lengths))
+    expected = [math.fsum(part.tolist()) for part in (values * weights).split(lengths)]
+    assert sums.tolist() == pytest.approx(expected, abs=1e-5)
+    assert (dpo.logprobs.ld_weights(owner, torch.tensor(lengths), ld_alpha=1.0) == 1).all()  # which is DPO
 
 
 @given(tokens=st.integers(1, 6), vocabulary=st.integers(2, 9), scale=st.floats(0.1, 30), seed=st.integers(0, 99))
-def test_wpo_token_scores_equal_a_loop_over_the_vocabulary(tokens, vocabulary, scale, seed):
+def test_wpo_compares_a_token_with_a_sample_of_the_policy(tokens, vocabulary, scale, seed):
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(tokens, vocabulary, generator=generator) * scale).requires_grad_()
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
-    scores = dpo.logprobs.wpo_token_scores(logits, targets)
-    assert not scores.requires_grad and scores.dtype == torch.float32 and scores.shape == (tokens,)
-    for row, target, score in zip(logits.tolist(), targets.tolist(), scores.tolist(), strict=True):
-        policy = log_softmax(row)
-        squares = math.log(math.fsum(math.exp(2 * logp) for logp in policy))
-        assert score == pytest.approx(policy[target] - squares, rel=1e-5, abs=1e-5)
-
-
-def test_wpo_token_scores_take_bfloat16_logits_in_float32():
-    logits = (torch.randn(8, 500, generator=torch.Generator().manual_seed(0)) * 4).bfloat16()
-    scores = dpo.logprobs.wpo_token_scores(logits, torch.arange(8))
-    assert torch.equal(scores, dpo.logprobs.wpo_token_scores(logits.float(), torch.arange(8)))
+    weigh = partial(dpo.logprobs.wpo_alignment, targets=targets)
+    found = weigh(logits)
+    assert not found.requires_grad and found.dtype == torch.float32 and found.shape == (tokens,)
+    rows = zip(logits.detach().double().numpy(), targets.tolist(), strict=True)
+    assert found.tolist() == pytest.approx([oracles.wpo_token(*row) for row in rows], rel=1e-5, abs=1e-5)
+    assert torch.equal(weigh(logits.bfloat16()), weigh(logits.bfloat16().float()))
 
 
 # ------------------------------------------------------------------------------------------------------ the copy test
-
-
 def pasted(module, name: str):
     """The function as one who copies it has it: its source, torch, F, and the siblings that its docstring names."""
-    found = re.search(r"Needs:\s+([^.]+)\.", inspect.getdoc(getattr(module, name)))
-    needs = " ".join(found[1].split()) if found else ""
-    namespace = {"torch": torch, "F": F}
-    if needs == "this whole file":
-        exec(inspect.getsource(module), namespace)
-    else:
-        for sibling in (*needs.replace(",", " ").replace(" and ", " ").split(), name):
-            exec(inspect.getsource(getattr(module, sibling)), namespace)
+    needs = re.findall(r"Needs:\s+([^.]+)\.", inspect.getdoc(getattr(module, name)))
+    namespace, words = {"torch": torch, "F": F}, re.findall(r"\w+", "".join(needs))
+    sources = [module] if "file" in words else [getattr(module, needed) for needed in (*words, name)]
+    for source in sources:
+        exec(inspect.getsource(source), namespace)
     return namespace[name]
-
-
-def equal(a, b) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
-@pytest.mark.parametrize("name", LOSS_FUNCTIONS)
-@pytest.mark.parametrize("seed", range(3))
-def test_a_loss_pasted_alone_gives_the_same(name, seed):
-    inputs = random_inputs(name, seed)
-    copy = pasted(dpo.losses, name)
-    assert copy is not function(name)
-    for options in ({}, GRADCHECK.get(name, {})):
-        assert torch.equal(copy(*inputs, **options), function(name)(*inputs, **options))
-    if name == "f_divergence_score":
-        for kind in ("reverse_kl", "js_divergence", "alpha_divergence", "forward_kl"):
-            assert torch.equal(copy(*inputs, f_divergence_type=kind), function(name)(*inputs, f_divergence_type=kind))
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_dpo_loss_pasted_with_its_file_gives_the_same(loss_type):
-    generator = torch.Generator().manual_seed(0)
-    policy_and_reference = [-10 * torch.rand(5, generator=generator) for _ in range(4)]
-    options = {"loss_type": loss_type, "margins": torch.rand(5, generator=generator), "rpo_alpha": 0.5}
-    options |= {f"{which}_lengths": torch.randint(1, 9, (5,), generator=generator) for which in ("chosen", "rejected")}
-    copy = pasted(dpo.losses, "dpo_loss")
-    for a, b in zip(copy(*policy_and_reference, **options), dpo_loss(*policy_and_reference, **options), strict=True):
-        assert torch.equal(a, b)
+    options = {"loss_type": loss_type, "rpo_alpha": 0.5}
+    options |= {key: torch.tensor(value) for key, value in random_batch(3).items()}
+    assert all(map(torch.equal, pasted(dpo.losses, "dpo_loss")(**options), dpo_loss(**options)))
     assert pasted(dpo.losses, "check_loss")(loss_type) == [loss_type]
 
 
-def leaf_inputs(seed: int) -> dict:
-    """name: (module, positional arguments, keyword arguments) for the leaf functions of logprobs.py and collate.py."""
+def calls(seed: int) -> dict:
+    """name: (module, positional arguments, keyword arguments) of functions to copy; seed 0 leaves options out."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 7, (6,), generator=generator)
     owner = owners(lengths.tolist())
     logits = torch.randn(len(owner), 11, generator=generator)
     targets = torch.randint(11, (len(owner),), generator=generator)
-    rows = [torch.randint(50, (int(length),), generator=generator) for length in lengths]
-    batch = {}
-    for part, some in zip(("prompt", "chosen", "rejected"), (rows[:2], rows[2:4], rows[4:]), strict=True):
-        batch[f"{part}_input_ids"] = dpo.collate.pad(some, 0, left=part == "prompt")
-        batch[f"{part}_attention_mask"] = dpo.collate.pad([torch.ones_like(r) for r in some], 0, left=part == "prompt")
-    plan = {"batch_size": 2, "accumulation": 2, "world_size": 2, "seed": seed}
-    return {
+    rows, batch = targets.split(lengths.tolist()), {}
+    for part, own in (("prompt", rows[:2]), ("chosen", rows[2:4]), ("rejected", rows[4:])):
+        for key, values in (("input_ids", own), ("attention_mask", [torch.ones_like(row) for row in own])):
+            batch[f"{part}_{key}"] = dpo.collate.pad(values, 0, left=part == "prompt")
+    plan = {"batch_size": 2, "accumulation": 2, "world_size": 2, "seed": seed, "group_by_length": seed == 1}
+    found = {
         "token_logps": (dpo.logprobs, (logits, targets), {}),
         "sum_by_owner": (dpo.logprobs, (logits[:, 0], owner, 6), {}),
         "ld_weights": (dpo.logprobs, (owner, lengths), {"ld_alpha": 0.3}),
-        "wpo_token_scores": (dpo.logprobs, (logits, targets), {}),
+        "wpo_alignment": (dpo.logprobs, (logits, targets), {}),
         "pad": (dpo.collate, (rows, 9), {"left": True}),
         "concatenated_inputs": (dpo.collate, (batch, 9), {}),
-        "padded_inputs": (dpo.collate, (dpo.collate.concatenated_inputs(batch, 9), 9), {}),
-        "epoch_windows": (dpo.collate, (lengths.tolist() * 5,), plan | {"group_by_length": seed == 1}),
+        "padded_batch": (dpo.collate, (batch, 9), {}),
+        "epoch_windows": (dpo.batches, (lengths.tolist() * 5,), plan),
     }
+    for name, function in FUNCTIONS.items():
+        options = {key: 0.3 for key, value in oracles.parameters(name)[1].items() if isinstance(value, float) and seed}
+        options |= {"f_divergence_type": KINDS[seed]} if name == "f_derivative" else {}
+        inputs = {key: value for key, value in far_inputs(name, seed).items() if key != "scores" or not options}
+        found[function.__name__] = (dpo.losses, (), inputs | options)
+    return found
 
 
-@pytest.mark.parametrize("name", leaf_inputs(0))
-@pytest.mark.parametrize("seed", range(3))
-def test_a_leaf_function_pasted_alone_gives_the_same(name, seed):
-    module, args, options = leaf_inputs(seed)[name]
-    assert equal(pasted(module, name)(*args, **options), getattr(module, name)(*args, **options))
+@pytest.mark.parametrize("name", calls(0))
+@pytest.mark.parametrize("seed", range(4))
+def test_a_function_pasted_alone_gives_the_same(name, seed):
+    module, args, options = calls(seed)[name]
+    assert pasted(module, name) is not getattr(module, name)
+    found, expected = pasted(module, name)(*args, **options), getattr(module, name)(*args, **options)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

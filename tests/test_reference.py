@@ -7,17 +7,16 @@ from peft import LoraConfig, get_peft_model
 
 from dpo.collate import DataCollatorForPreference
 from dpo.logprobs import concatenated_forward
-from dpo.reference import adapter_starts_at_zero, compute_ref_log_probs, frozen_copy, null_ref_context
+from dpo.reference import adapter_starts_at_zero, compute_ref_log_probs, frozen_copy, null_ref_context, sync_reference
 
 BATCH = DataCollatorForPreference(pad_token_id=0)(
     [{"prompt_input_ids": [5, 6, 7], "chosen_input_ids": [9, 10], "rejected_input_ids": [11, 12, 13]}]
 )
 
 
-def make_adapter(**options):
-    return get_peft_model(
-        make_model(), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], **options)
-    )
+def make_adapter(attention_bias: bool = False, **options):
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], **options)
+    return get_peft_model(make_model(attention_bias=attention_bias), config)
 
 
 def shift(model) -> None:
@@ -28,24 +27,43 @@ def shift(model) -> None:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
 
 
+def score(model) -> float:
+    return concatenated_forward(model, BATCH)["chosen_logps"].item()
+
+
 def test_frozen_copy_stays_where_the_policy_started():
     policy = make_model()
-    before = concatenated_forward(policy, BATCH)["chosen_logps"].item()
+    before = score(policy)
     reference = frozen_copy(policy)
     shift(policy)
     chosen, rejected = compute_ref_log_probs(BATCH, policy=policy, ref_model=reference)
-    assert chosen.item() == before != concatenated_forward(policy, BATCH)["chosen_logps"].item()
+    assert chosen.item() == before != score(policy)
     assert not chosen.requires_grad and not rejected.requires_grad
     assert not any(parameter.requires_grad for parameter in reference.parameters())
+
+
+@pytest.mark.parametrize("alpha", [0.25, 1.0])
+@pytest.mark.parametrize("make", [make_model, make_adapter])
+def test_a_synced_reference_moves_by_alpha_towards_what_trains(make, alpha):
+    policy = make()
+    reference = frozen_copy(policy)
+    before = {name: parameter.clone().double().numpy() for name, parameter in reference.named_parameters()}
+    shift(policy)
+    sync_reference(policy, reference, mixup_alpha=alpha)
+    moved = dict(reference.named_parameters())
+    for name, parameter in policy.named_parameters():
+        expected = alpha * parameter.detach().double().numpy() + (1 - alpha) * before[name]
+        assert abs(moved[name].double().numpy() - expected).max() < 1e-6
+        assert (moved[name].double().numpy() != before[name]).any() == parameter.requires_grad
 
 
 @pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}], ids=["lora", "modules_to_save"])
 def test_adapter_switched_off_is_the_model_before_training(options):
     policy = make_adapter(**options)
-    base = concatenated_forward(make_model(), BATCH)["chosen_logps"].item()
+    base = score(make_model())
     assert adapter_starts_at_zero(policy)
     shift(policy)
-    assert concatenated_forward(policy, BATCH)["chosen_logps"].item() != base
+    assert score(policy) != base
     assert compute_ref_log_probs(BATCH, policy=policy)[0].item() == base
 
 
@@ -55,30 +73,22 @@ def test_adapter_is_on_and_training_again_after_the_reference_was_scored():
     with null_ref_context(policy) as base:
         assert not any(module.training for module in base.modules())
     assert policy.training and policy.get_base_model().training
-    policy.eval()
-    assert (
-        concatenated_forward(policy, BATCH)["chosen_logps"].item()
-        != compute_ref_log_probs(BATCH, policy=policy)[0].item()
-    )
+    assert score(policy.eval()) != compute_ref_log_probs(BATCH, policy=policy)[0].item()
 
 
-@pytest.mark.parametrize(
-    "options", [{"use_dora": True}, {"init_lora_weights": "pissa"}, {"bias": "all"}], ids=["dora", "pissa", "bias"]
-)
+BIAS = {"bias": "all", "attention_bias": True}
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}, BIAS], ids=str)
 def test_adapters_that_do_not_start_at_zero_need_a_copy(options):
-    policy = make_adapter(**options)
-    if "bias" in options:
-        policy = get_peft_model(
-            make_model(attention_bias=True), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], **options)
-        )
-    assert not adapter_starts_at_zero(policy)
+    assert not adapter_starts_at_zero(make_adapter(**options))
 
 
 def test_an_adapter_trained_before_is_copied_with_its_base_shared():
     policy = make_adapter()
     shift(policy)  # the adapter's life before DPO
     assert not adapter_starts_at_zero(policy)
-    start = concatenated_forward(policy, BATCH)["chosen_logps"].item()
+    start = score(policy)
     reference = frozen_copy(policy)
     shift(policy)
     assert compute_ref_log_probs(BATCH, policy=policy, ref_model=reference)[0].item() == start

@@ -2,11 +2,12 @@
 
 import ast
 import inspect
+import json
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, make_rows
 
 import dpo.collate
 import dpo.config
@@ -41,8 +42,8 @@ def test_the_data_flows_along_one_straight_line():
     assert IMPORTS["reference"] <= {"logprobs", "collate"}
 
 
-def test_only_the_loop_knows_the_configuration_and_nobody_imports_the_loop():
-    assert [name for name, imported in IMPORTS.items() if "config" in imported] == ["loop"]
+def test_only_loop_and_prepare_know_the_configuration_and_nobody_imports_the_loop():
+    assert [name for name, imported in IMPORTS.items() if "config" in imported] == ["loop", "prepare"]
     assert not [name for name, imported in IMPORTS.items() if "loop" in imported]
 
 
@@ -53,7 +54,23 @@ def test_there_are_no_sub_packages_and_no_base_classes():
     for path in FILES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
-                assert [ast.unparse(base) for base in node.bases] in ([], ["NamedTuple"]), f"{path.name}: {node.name}"
+                bases = [ast.unparse(base) for base in node.bases]
+                assert bases in ([], ["NamedTuple"], ["ValueError"]), f"{path.name}: {node.name}"
+
+
+def test_from_main_to_the_equation_it_is_four_calls(tmp_path, model_dir, monkeypatch):
+    calls = []
+
+    def sigmoid_loss(h, *, beta, label_smoothing):
+        stack = [frame.function for frame in inspect.stack() if frame.filename.startswith(str(ROOT / "dpo"))]
+        calls.append(stack[::-1])
+        return dpo.losses.sigmoid_loss(h, beta=beta, label_smoothing=label_smoothing)
+
+    monkeypatch.setitem(dpo.losses.LOSSES, "sigmoid", sigmoid_loss)
+    (tmp_path / "rows.jsonl").write_text(json.dumps(make_rows(1)[0]))
+    files = ["--model_name_or_path", str(model_dir), "--dataset_name", str(tmp_path / "rows.jsonl")]
+    dpo.loop.main([*files, "--max_steps", "1", "--output_dir", str(tmp_path / "out"), "--use_cpu"])
+    assert calls == [["main", "train", "train_step", "get_batch_loss_metrics", "dpo_loss"]]
 
 
 def test_public_names_are_where_users_look_for_them():

@@ -1,0 +1,59 @@
+"""Sampled answers: of policy and reference, from the whole vocabulary, by their own random numbers."""
+
+import json
+from pathlib import Path
+
+import torch
+from conftest import WORDS, make_model, make_rows, make_tokenizer, start
+
+ROWS = make_rows(8)
+SAMPLED = {"eval_rows": ROWS, "eval_strategy": "epoch", "eval_on_start": True, "generate_during_eval": True}
+
+
+def speaker(*words: str) -> torch.nn.Module:
+    """A model that says nothing but these words, the earlier ones a little more often."""
+    model = make_model()
+    bias = torch.full((model.config.vocab_size,), -1e4)
+    for i, word in enumerate(words):
+        bias[make_tokenizer().convert_tokens_to_ids("Ġ" + word)] = -1e-3 * i
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return model
+
+
+def samples(folder: Path, model=None, **options) -> list[dict]:
+    """What a run that trains nothing has sampled before its first step."""
+    options = {"learning_rate": 0.0, "max_steps": 1, "num_samples": 8, **options}
+    start(folder, model or make_model(), ROWS, **SAMPLED, **options)
+    lines = (folder / "samples.jsonl").read_text().splitlines()
+    return list(map(json.loads, lines))[: options["num_samples"]]
+
+
+def test_samples_are_the_prompts_with_the_answers_of_policy_and_reference(tmp_path):
+    options = {"num_samples": 5, "max_new_tokens": 3, "per_device_eval_batch_size": 2}
+    found = samples(tmp_path, speaker("blue"), ref_model=speaker("green"), **options)
+    expected = {"policy": " blue blue blue", "reference": " green green green"}
+    assert found == [{"prompt": row["prompt"], **expected} for row in ROWS[:5]]
+    alone = samples(tmp_path / "alone", speaker("blue"), reference_free=True, **options)
+    assert alone == [{"prompt": row["prompt"], "policy": " blue blue blue"} for row in ROWS[:5]]
+
+
+def test_answers_come_from_the_whole_vocabulary(tmp_path):
+    found = samples(tmp_path, speaker(*WORDS), max_new_tokens=60)
+    assert {word for sample in found for word in sample["policy"].split()} == set(WORDS)
+
+
+def test_seed_decides_the_samples(tmp_path):
+    first, again, other = (
+        samples(tmp_path / str(i), seed=seed, data_seed=0, max_new_tokens=4) for i, seed in enumerate((1, 1, 2))
+    )
+    assert first == again != other
+    assert all(sample["policy"] == sample["reference"] for sample in first)  # the same noise, and as yet one model
+
+
+def test_sampling_takes_no_random_numbers_from_the_training(tmp_path):
+    plain, watched = (
+        start(tmp_path / name, make_model(attention_dropout=0.3), disable_dropout=False, **options).model.state_dict()
+        for name, options in (("a", {}), ("b", {**SAMPLED, "num_samples": 2, "max_new_tokens": 3}))
+    )
+    assert all(torch.equal(value, watched[name]) for name, value in plain.items())
