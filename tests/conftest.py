@@ -128,6 +128,15 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.fixture(autouse=True)
+def no_picture(request, monkeypatch):
+    """Drawing rewards.png takes longer than all the rest of a short run: only the tests of pictures draw."""
+    if request.module.__name__ not in ("test_report", "test_tutorials"):
+        monkeypatch.setattr(
+            "matplotlib.figure.Figure.savefig", lambda _, path, **__: Path(path).write_bytes(b"\x89PNG")
+        )
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, make_model, make_rows, make_tokenizer, start
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from dpo.collate import DataCollatorForPreference
 from dpo.config import EXAMPLE, LEFT_OUT, DPOConfig, parse_args
@@ -23,12 +23,6 @@ from dpo.losses import LOSSES, WITH_REFERENCE, dpo_loss
 
 ROWS = make_rows(19)
 WITHOUT_REFERENCE = [name for name in LOSSES if name not in WITH_REFERENCE]
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """Drawing rewards.png takes longer than all the rest of a run as short as these."""
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: None)
 
 
 NEEDED = "--model_name_or_path m --dataset_name d "
@@ -732,18 +726,6 @@ def test_intervals_are_steps_or_shares_of_all_steps(tmp_path):
 def test_old_checkpoints_go_beyond_save_total_limit(tmp_path):
     start(tmp_path, rows=ROWS, num_train_epochs=4, save_strategy="epoch", save_total_limit=2)
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-9", "checkpoint-12"}
-
-
-@pytest.mark.parametrize(
-    ("metric", "greater", "best"), [("score", None, 2), ("score", False, 3), ("my_loss", None, 3), ("my_loss", True, 2)]
-)
-def test_the_best_model_is_the_one_of_the_greatest_or_the_least_metric(metric, greater, best, tmp_path):
-    values = iter([2.0, 3.0, 1.0, 2.5])
-    options = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
-    options |= {"metric_for_best_model": metric, "greater_is_better": greater, "max_steps": 4}
-    run = start(tmp_path, eval_rows=ROWS[:2], compute_metrics=lambda _: {metric: next(values)}, **options)
-    kept = AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{best}").state_dict()
-    assert all(torch.equal(value, kept[name]) for name, value in run.model.state_dict().items())
 
 
 def test_layout_is_that_of_the_batches_and_is_refused_where_a_collator_of_the_callers_makes_them(tmp_path):

@@ -165,5 +165,7 @@ def test_going_on_in_another_directory_overwrites_a_run_there_only_if_asked_to(t
     options |= {"resume_from_checkpoint": str(tmp_path / "whole" / "checkpoint-2")}
     with pytest.raises(ValueError, match="holds a run"):
         start(tmp_path / "other", **options)
-    resumed = start(tmp_path / "other", overwrite_output_dir=True, **options)
-    assert same(weights(resumed.model), weights(whole.model)) and resumed.rows[-1]["loss"] == whole.rows[-1]["loss"]
+    for name, more in (("new", {}), ("other", {"overwrite_output_dir": True})):
+        resumed = start(tmp_path / name, **options, **more)
+        assert same(weights(resumed.model), weights(whole.model))
+        assert resumed.rows[-1]["loss"] == whole.rows[-1]["loss"]

