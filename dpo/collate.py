@@ -58,8 +58,8 @@ class DataCollatorForPreference:
 
 def pad(rows: list[torch.Tensor], value: int, *, left: bool = False) -> torch.Tensor:
     """Stacks 1-D tensors of differing lengths to (len(rows), longest), filling with value at the left or right end."""
-    missing = [max(map(len, rows)) - len(row) for row in rows]
-    sides = [(count, 0) if left else (0, count) for count in missing]
+    longest = max(map(len, rows))
+    sides = [(longest - len(row), 0) if left else (0, longest - len(row)) for row in rows]
     return torch.stack([F.pad(row, side, value=value) for row, side in zip(rows, sides, strict=True)])
 
 
