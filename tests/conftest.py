@@ -132,9 +132,8 @@ def same(a: dict, b: dict) -> bool:
 def no_picture(request, monkeypatch):
     """Drawing rewards.png takes longer than all the rest of a short run: only the tests of pictures draw."""
     if request.module.__name__ not in ("test_report", "test_tutorials"):
-        monkeypatch.setattr(
-            "matplotlib.figure.Figure.savefig", lambda _, path, **__: Path(path).write_bytes(b"\x89PNG")
-        )
+        savefig = "matplotlib.figure.Figure.savefig"
+        monkeypatch.setattr(savefig, lambda _, path, **__: Path(path).write_bytes(b"\x89PNG"))
 
 
 @pytest.fixture(scope="session")
@@ -153,14 +152,11 @@ def model_dir(tmp_path_factory) -> Path:
 
 def run(*command: str, processes: int = 0, cwd: Path | None = None, check: bool = True, env: dict | None = None):
     """Runs a module as a user would: `python -m ...`, or `torchrun -m ...` on some processes."""
-    python = [sys.executable, "-m"]
-    launch = (
-        [*python, "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"]
-        if processes
-        else python
-    )
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"] if processes else []
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
-    done = subprocess.run([*launch, *command], cwd=cwd, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-m", *torchrun, *command], cwd=cwd, capture_output=True, text=True, env=environment
+    )
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
     return done

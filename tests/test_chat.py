@@ -58,22 +58,12 @@ def test_a_question_goes_with_its_answer_that_was_cut_short(model_dir, asked, mo
 
 def test_options_reach_the_model(model_dir, asked, monkeypatch):
     talk(monkeypatch, model_dir, "--prompt hi --temperature 0 --max_new_tokens 5")
-    talk(
-        monkeypatch, model_dir, "--prompt hi --system_prompt 'Be brief.' --temperature 0.5 --top_p 0.8 --dtype float16"
-    )
+    warm = "--temperature 0.5 --top_p 0.8 --dtype float16"
+    talk(monkeypatch, model_dir, f"--prompt hi --system_prompt 'Be brief.' {warm}")
     assert [prompt for prompt, _ in asked] == [rendered("user: hi"), rendered("system: Be brief.", "user: hi")]
-    expected = (
-        {"do_sample": False, "max_new_tokens": 5, "dtype": torch.float32},
-        {
-            "do_sample": True,
-            "max_new_tokens": 256,
-            "temperature": 0.5,
-            "top_p": 0.8,
-            "top_k": 0,
-            "dtype": torch.float16,
-        },
-    )
-    for (_, options), wanted in zip(asked, expected, strict=True):
+    cold = {"do_sample": False, "max_new_tokens": 5, "dtype": torch.float32}
+    warm = {"do_sample": True, "max_new_tokens": 256, "dtype": torch.float16, "temperature": 0.5, "top_p": 0.8}
+    for (_, options), wanted in zip(asked, (cold, warm | {"top_k": 0}), strict=True):
         assert {key: options[key] for key in wanted} == wanted
         assert ("temperature" in options) == options["do_sample"]
 

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import random
 from pathlib import Path
 
 import datasets
@@ -14,7 +13,7 @@ import huggingface_hub
 import pytest
 from conftest import CHATML, make_rows, make_tokenizer
 from datasets import Dataset, DatasetDict
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
@@ -215,6 +214,9 @@ def test_a_subset_is_refused_where_there_can_be_none(tmp_path):
 # -------------------------------------------------------------------------------- what is the prompt, and what the text
 
 
+HH = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+
+
 @pytest.mark.parametrize(
     ("row", "prompt", "chosen", "rejected"),
     [
@@ -222,15 +224,7 @@ def test_a_subset_is_refused_where_there_can_be_none(tmp_path):
         ({"chosen": "the sky is blue now", "rejected": "the sky is bleak"}, "the sky is", " blue now", " bleak"),
         ({"chosen": "a b", "rejected": "a b c"}, "a", " b", " b c"),
         ({"chosen": "say:\nblue", "rejected": "say:\ngreen"}, "say:", "\nblue", "\ngreen"),
-        (
-            {
-                "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: It is blue",
-                "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: It is green",
-            },
-            "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:",
-            " It is blue",
-            " It is green",
-        ),
+        ({"chosen": HH + " It is blue", "rejected": HH + " It is green"}, HH, " It is blue", " It is green"),
     ],
 )
 def test_the_prompt_of_texts_is_found(row, prompt, chosen, rejected):
@@ -300,6 +294,7 @@ LONG = {"prompt": "the sky is very blue", "chosen": " now today", "rejected": " 
         ({**PAIR, "prompt": ""}, BOS_TOKENIZER, {}, ("<s>", " blue", " green")),
         (PAIR, CHAT_TOKENIZER, {}, ("the sky is", " blue", " green")),
         ({**PAIR, "prompt": "the sky"}, METASPACE, {}, ("the sky", "blue", "green")),
+        ({**PAIR, "prompt": ""}, METASPACE, {}, ("<s>", "blue", "green")),
         (CHAT, BOS_TOKENIZER, {}, (TURNS, "blue", "green")),
         (CHAT, WITH_BOS, {}, ("<s>" + TURNS, "blue", "green")),
         # ---- EOS: exactly one
@@ -403,6 +398,7 @@ LIMIT = st.none() | st.integers(1, 12)
     limits=st.tuples(LIMIT, LIMIT, LIMIT),
     mode=st.sampled_from(["keep_end", "keep_start"]),
 )
+@example(sizes=[4, 1, 1], several=False, bos=True, limits=(2, None, None), mode="keep_start")
 def test_truncation_keeps_the_most_that_fits(sizes, several, bos, limits, mode):
     """Of a prompt and a chosen completion, and one that is rejected or a list of several."""
     prompt, chosen, *rejected = (list(range(100 * i, 100 * i + size)) for i, size in enumerate(sizes, start=1))
@@ -626,7 +622,7 @@ BAD = {
     "null": ({**PAIR, "rejected": None}, "column 'rejected' is missing; the row has 'prompt', 'chosen'"),
     "missing": (without(PAIR, "chosen"), "column 'chosen' is missing; the row has 'prompt', 'rejected'"),
     "empty": ({**PAIR, "chosen": ""}, "column 'chosen' is empty"),
-    "blank": ({**PAIR, "rejected": " \n"}, "column 'rejected' is empty"),
+    "blank": ({**PAIR, "rejected": " \n"}, "column 'rejected' is empty (skip"),
     "equal": ({**PAIR, "rejected": " blue"}, "columns 'chosen' and 'rejected' are equal"),
     "no-prompt": ({**PAIR, "prompt": ""}, "column 'prompt' is empty and the tokenizer has no BOS"),
     "no-rest": ({"chosen": [USER, BLUE], "rejected": [USER, BLUE, USER, GREEN]}, "column 'chosen' is empty after the"),
@@ -653,7 +649,8 @@ def test_a_bad_row_is_named_by_file_row_and_column_or_left_out(name, tmp_path, c
     assert refusal(path).startswith(f"{path}, row 2: {expected}")
     assert "skip_bad_rows" in refusal(path)
     assert refusal(rows).startswith(f"dataset, row 2: {expected}")
-    assert len(prepared(path, make_tokenizer(), skip_bad_rows=True)) == 2
+    kept = prepared(path, make_tokenizer(), skip_bad_rows=True)
+    assert kept.to_list() == prepared([good, good], make_tokenizer()).to_list()
     assert f"1 of 3 rows of {path} left out as bad rows" in caplog.text
 
 
@@ -773,11 +770,3 @@ def test_cached_rows_are_not_taken_after_a_change_of_template_or_code(tmp_path, 
     ids = {"prompt_input_ids": [7], "chosen_input_ids": [8], "rejected_input_ids": [[9]]}
     monkeypatch.setattr(data, "tokenize_row", lambda *_, **__: ids)
     assert prepared(path, tokenizer)[0]["prompt_input_ids"] == [7]
-
-
-def test_any_order_of_bad_and_good_rows_keeps_the_good_ones(tokenizer):
-    draw = random.Random(0)
-    rows = make_rows(20) + [{**PAIR, "chosen": ""}] * 7
-    draw.shuffle(rows)
-    kept = prepared(rows, tokenizer, skip_bad_rows=True)
-    assert [texts(tokenizer, row)[0] for row in kept] == [row["prompt"] for row in rows if row["chosen"]]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_model, make_rows, make_tokenizer, start
+from conftest import make_model, make_rows, make_tokenizer, same, start, weights
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, GPT2Config
 
@@ -58,19 +58,24 @@ def test_weights_are_float32_unless_asked_otherwise(tmp_path):
     assert load_model(str(tmp_path), dtype="auto").dtype == torch.bfloat16
 
 
-def test_an_adapter_comes_in_the_revision_that_is_named(tmp_path, monkeypatch):
-    """A cache as the Hub's client keeps it, of a repository with two revisions that differ in adapter and base."""
+def test_an_adapter_comes_in_the_revision_that_is_named_with_its_base_and_the_bases_tokenizer(tmp_path, monkeypatch):
+    """A cache as the Hub's client keeps it, of a repository of adapters, with two revisions of different bases."""
     repository, made = tmp_path / "models--someone--adapter", {}
     for seed, revision in enumerate(("main", "v2")):
         make_model(seed=seed).save_pretrained(tmp_path / revision)
+        make_tokenizer().save_pretrained(tmp_path / revision)
         made[revision] = lora(load_model(str(tmp_path / revision)))
         made[revision].save_pretrained(repository / "snapshots" / f"of-{revision}")
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / revision).write_text(f"of-{revision}")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for revision, adapter in made.items():
-        loaded, wanted = load_model("someone/adapter", revision=revision).state_dict(), adapter.state_dict()
-        assert loaded.keys() == wanted.keys() and all(torch.equal(loaded[name], wanted[name]) for name in wanted)
+        loaded = load_model("someone/adapter", revision=revision)
+        assert same(weights(loaded), weights(adapter)) and loaded.active_adapter == "default"
+        assert any(parameter.requires_grad for parameter in loaded.parameters())
+        snapshot = str(repository / "snapshots" / f"of-{revision}")  # PEFT saves no tokenizer with an adapter
+        for where, at in (("someone/adapter", {"revision": revision}), (snapshot, {})):
+            assert load_tokenizer(where, **at).eos_token == "<|im_end|>"
 
 
 def test_a_tokenizer_without_a_padding_token_pads_with_eos(tmp_path):

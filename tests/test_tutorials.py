@@ -23,9 +23,7 @@ def tutorial(name: str, *arguments: str) -> str:
 
 
 def test_the_example_is_small_and_consistent():
-    files = [
-        path for path in (ROOT / "dpo" / "example").rglob("*") if path.is_file() and "__pycache__" not in str(path)
-    ]
+    files = [path for path in (ROOT / "dpo" / "example").rglob("*") if path.is_file() and path.suffix != ".pyc"]
     assert sum(path.stat().st_size for path in files) < 5_000_000
     train, test = (
         [json.loads(line) for line in (ROOT / "dpo" / "example" / f"{name}.jsonl").read_text().splitlines()]
