@@ -58,8 +58,8 @@ def load_windows(
     """For each window its number of rows, over all ranks, and this rank's micro-batches, on its device.
 
     A batch is as the collator makes it in the loader's worker (or made ready here, where a collator of the caller's
-    gives the plain layout), and knows its rows' numbers, `index`. Where a rank has no row, row 0 stands in, under the
-    number −1: every rank runs the same number of forward passes, or the others would wait for it.
+    gives the plain layout), and has `index`, each row's position in the dataset. A rank without a row computes row 0,
+    with the index −1, and does not count it: every rank runs the same number of forward passes, or the others wait.
     """
     loader = DataLoader(
         rows,

@@ -90,9 +90,7 @@ def load_checkpoint(
         raise ValueError(f"resume_from_checkpoint {directory}: another version saved it")
     before = saved["same_run"]
     if before != same_run:
-        differing = [
-            f"{key} {before.get(key)} (now {same_run[key]})" for key in same_run if same_run[key] != before.get(key)
-        ]
+        differing = [f"{key} {before.get(key)} (now {now})" for key, now in same_run.items() if now != before.get(key)]
         raise ValueError(f"resume_from_checkpoint {directory}: it is of another run, with {', '.join(differing)}")
     load_weights(directory, model)
     for key, each in stateful.items():

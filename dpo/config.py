@@ -21,8 +21,6 @@ from dpo.losses import F_DIVERGENCES, OF_RANKINGS, OVER_THE_BATCH, WITH_REFERENC
 EXAMPLE = Path(__file__).parent / "example" / "config.yaml"
 SCHEDULES = " ".join(kind.value for kind in SchedulerType)
 ADAMW = "adamw_torch adamw_8bit paged_adamw_8bit"
-
-
 Json, Words = dict | str | None, list[str] | None  # types of options
 
 

@@ -180,10 +180,8 @@ def render_row(row: dict, processing_class) -> dict:
     if isinstance(completions[0], str):
         return {"prompt": prompt, "completions": completions, "templated": False, "unstable": False}
     if getattr(processing_class, "chat_template", None) is None:
-        tokenizer = getattr(processing_class, "name_or_path", "")
-        raise ValueError(
-            f"it is a conversation and the tokenizer {tokenizer!r} has no chat template: take one that has"
-        )
+        name = getattr(processing_class, "name_or_path", "")
+        raise ValueError(f"it is a conversation and the tokenizer {name!r} has no chat template: take one that has")
     tools = row["tools"]
     try:
         tools = json.loads(tools) if isinstance(tools, str) else _without_nulls(tools)
@@ -398,9 +396,7 @@ def _prepare_row(row: dict, index: int, *, numbers: list[str], ranked: bool, ver
     try:
         canonical = canonical_row(row, numbers=tuple(numbers), read_scores=read_scores, allow_ties=ties)
         if not ranked and len(canonical["completions"]) > 2:
-            raise ValueError(
-                "it ranks more than two completions, the loss is one of pairs: choose plackett_luce or exo"
-            )
+            raise ValueError("it ranks more than two completions, the loss is one of pairs: take plackett_luce or exo")
         result |= _row_to_ids(canonical, try_boundary=index < BOUNDARY_SAMPLE, **options)
     except ValueError as error:
         return result | {"bad": True, "problem": str(error)}
@@ -473,10 +469,8 @@ def _kept_rows(rows: Dataset, names: list[str]) -> list[int]:
             logger.warning("%d of %d rows of %s %s", sum(flags[flag]), of, where, words)
     kept = [i for i, out in enumerate(zip(flags["bad"], flags["lost"], strict=True)) if not any(out)]
     if not kept:
-        lost = f"of {sum(flags['lost'])} truncation would leave nothing of a completion"
-        raise ValueError(
-            f"{where}: no row is left; {sum(flags['bad'])} are bad and {lost}: mend them, or raise max_length"
-        )
+        lost = f"of {sum(flags['lost'])} truncation would leave nothing of a completion: mend them, or raise max_length"
+        raise ValueError(f"{where}: no row is left; {sum(flags['bad'])} are bad and {lost}")
     return kept
 
 
@@ -486,8 +480,6 @@ def _have_scores(rows: Dataset, kept: list[int], parts: dict[str, Dataset]) -> b
     without = [i for i in kept if not scores[i]]
     if 0 < len(without) < len(kept):
         where = [f"{name}, row {number}" for name, part in parts.items() for number in range(1, len(part) + 1)]
-        others = f"{len(kept) - len(without)} other rows have"
-        raise ValueError(
-            f"{where[without[0]]}: it has no scores, {others}: loss_type exo takes them in all rows or none"
-        )
+        others = f"{len(kept) - len(without)} other rows have: loss_type exo takes them in all rows or none"
+        raise ValueError(f"{where[without[0]]}: it has no scores, {others}")
     return not without

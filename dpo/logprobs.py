@@ -70,11 +70,9 @@ def concatenated_forward(
     """
     if "inputs" not in batch:
         batch = padded_batch(batch, padding_value)
-    targets, owner, lengths, pairs = batch["targets"], batch["owner"], batch["lengths"], len(batch["tokens"])
-    if len(lengths) > 2 * pairs and (ld_alpha is not None or use_weighting):
-        raise ValueError(
-            "ld_alpha and use_weighting are for pairs, and the batch ranks more completions: leave them out"
-        )
+    targets, owner, lengths, B = batch["targets"], batch["owner"], batch["lengths"], len(batch["tokens"])
+    if len(lengths) > 2 * B and (ld_alpha is not None or use_weighting):
+        raise ValueError("ld_alpha and use_weighting are for pairs, the batch ranks more completions: leave them out")
     output, logits = forward_kept_positions(model, batch["inputs"])  # logits (M, V)
     per_token = token_logps(logits, targets)
     if ld_alpha is not None:
@@ -82,8 +80,8 @@ def concatenated_forward(
     logps = sum_by_owner(per_token, owner, len(lengths))
     result = {}
     for key, values in (("logps", logps), ("lengths", lengths)):
-        rejected = values[pairs:].unflatten(0, (-1, pairs)).T  # (B, K−1)
-        result |= {f"chosen_{key}": values[:pairs], f"rejected_{key}": rejected.squeeze(1)}
+        rejected = values[B:].unflatten(0, (-1, B)).T  # (B, K−1)
+        result |= {f"chosen_{key}": values[:B], f"rejected_{key}": rejected.squeeze(1)}
     if use_weighting:
         means = sum_by_owner(wpo_alignment(logits, targets), owner, len(lengths)) / lengths
         result["wpo_weights"] = sum(means.chunk(2)).exp().clamp(max=1)

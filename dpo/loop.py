@@ -1,7 +1,7 @@
 """The training loop of Direct Preference Optimization, start to end, in plain PyTorch.
 
 Shell: `torchrun -m dpo.loop --model_name_or_path NAME --dataset_name NAME`; nothing at all runs the embedded example.
-Python: `dpo.loop.train(model, args=DPOConfig(...), train_dataset=...)`. The method is the first screen: train,
+Python: `dpo.loop.train(model, args=DPOConfig(...), train_dataset=...)`. The method is the first three functions: train,
 train_step, get_batch_loss_metrics; the equation is in the first lines of losses.dpo_loss. prepare.py makes the Run.
 """
 
@@ -53,7 +53,7 @@ def train(
 
     Args:
         model: a causal language model, or its name or directory, by default args.model_name_or_path; model_init may
-            make it. ref_model: likewise; by default the policy as it is now (a PEFT policy is its own reference).
+            make it. ref_model: likewise; by default the policy as it is now (a copy, or a new adapter switched off).
         train_dataset, eval_dataset: a datasets.Dataset, a list of dicts, a name or a path; eval_dataset may be a dict
             of those, evaluated each under its own name. By default args.dataset_name and its test split.
         processing_class: the tokenizer; by default the model's. data_collator: rows of token ids to a batch.
@@ -71,8 +71,8 @@ def train(
     run.model.train()
     while run.state.step < run.total_steps:
         started = time.perf_counter()
-        for pairs, micro_batches in rest_of_epoch(run):
-            progress = train_step(run, micro_batches, pairs)
+        for pairs_in_step, micro_batches in rest_of_epoch(run):
+            progress = train_step(run, micro_batches, pairs_in_step)
             logs, evaluates, saves = due(run.state.step, run.total_steps, run.steps_per_epoch, args=run.args)
             run.bar.update()
             if logs and run.world.device.type == "cuda":
@@ -90,17 +90,18 @@ def train(
     return run
 
 
-def train_step(run: Run, micro_batches: list[dict], pairs: int) -> dict[str, float]:
-    """One optimizer step on a window of pairs (of all processes), of which this process has some micro-batches:
-    θ follows −∇ 1/pairs Σ loss, as the optimizer has it. Returns the learning rate and the norm before clipping."""
-    args, world, state = run.args, run.world, run.state
+def train_step(run: Run, micro_batches: list[dict], pairs_in_step: int) -> dict[str, float | torch.Tensor]:
+    """One optimizer step, against the gradient of the mean loss over the pairs_in_step pairs of all processes, of which
+    this process has micro_batches. Returns the learning rate and the norm of the gradient before clipping."""
+    args, world, state, policy = run.args, run.world, run.state, run.policy
     learning_rate = run.scheduler.get_last_lr()[0]
     for number, batch in enumerate(micro_batches, start=1):
         is_last = number == len(micro_batches)
-        with synchronize_gradients(run.policy, now=is_last), autocast(args, world):
-            losses, metrics = get_batch_loss_metrics(run.policy, batch, run.reference, state, args=args, world=world)
-            # DDP averages gradients over processes: × size makes it their sum, / pairs the mean over all pairs.
-            loss = losses.sum() * world.size / pairs
+        with synchronize_gradients(policy, now=is_last):
+            with autocast(args, world):
+                losses, metrics = get_batch_loss_metrics(policy, batch, run.reference, state, args=args, world=world)
+            # DDP averages gradients over processes: × size makes it their sum, / pairs_in_step the mean over all pairs.
+            loss = losses.sum() * world.size / pairs_in_step
             run.scaler.scale(loss).backward()
         add_up(state.sums, metrics)
         if state.step == 0 and number == 1 and run.starts_equal:
@@ -138,20 +139,20 @@ def get_batch_loss_metrics(
     batch, names = batch if "inputs" in batch else padded_batch(batch), set(loss_names(args))
     policy_logps = concatenated_forward(model, batch, ld_alpha=args.ld_alpha, use_weighting=args.use_weighting)
     aux_loss = policy_logps.pop("aux_loss", None)  # a mixture of experts' load balance
-    pairs, weights, tokens = counted_pairs(batch, policy_logps, reference(batch))
+    pairs, pair_weights, tokens = counted_pairs(batch, policy_logps, reference(batch))
     if train_eval == "train" and "bco_pair" in names:
         add_rewards(state, pairs, beta=args.beta, world=world)
 
     parts, whole_batch = {}, bool(names & set(OVER_THE_BATCH))
-    everyones, mine = gather_pairs(pairs, world) if whole_batch else (pairs, slice(None))
-    losses, chosen_rewards, rejected_rewards = dpo_loss(**everyones, **loss_options(args, state), parts=parts)
+    all_pairs, own = gather_pairs(pairs, world) if whole_batch else (pairs, slice(None))  # own: this process's
+    losses, chosen_rewards, rejected_rewards = dpo_loss(**all_pairs, **loss_options(args, state), parts=parts)
     if whole_batch:
         losses = losses.mean().expand_as(losses)  # AOT has a value for each quantile, not for each pair
-    losses = losses[mine] * weights
+    losses = losses[own] * pair_weights
     if aux_loss is not None:
         losses = losses + distributed.unwrap(model).config.router_aux_loss_coef * aux_loss
-    parts = {f"loss/{name}": part[mine] for name, part in parts.items()} if len(parts) > 1 else {}
-    rewards = chosen_rewards[mine], rejected_rewards[mine]
+    parts = {f"loss/{name}": part[own] for name, part in parts.items()} if len(parts) > 1 else {}
+    rewards = chosen_rewards[own], rejected_rewards[own]
     return losses, batch_metrics(losses, tokens, pairs, *rewards, parts, aux_loss)
 
 
@@ -274,20 +275,20 @@ def evaluate_sets(run: Run, *, is_saved: bool = False) -> None:
     args, step = run.args, run.state.step
     row = {"step": step, "epoch": step / run.steps_per_epoch}
     common = {"args": args, "world": run.world, "state": run.state, "compute_metrics": run.compute_metrics}
-    for label, rows in run.eval_sets.items():
+    for label, eval_rows in run.eval_sets.items():
         prefix = f"eval_{label}" if label else "eval"
-        row |= evaluate(run.model, rows, run.collator, run.reference, **common, prefix=prefix)
+        row |= evaluate(run.model, eval_rows, run.collator, run.reference, **common, prefix=prefix)
     if run.world.rank == 0:
         tqdm.write(report.describe_evaluation(row))
     if args.generate_during_eval:
-        rows = next(iter(run.eval_sets.values()))
-        rows = rows.select(range(min(args.num_samples, len(rows))))
+        eval_rows = next(iter(run.eval_sets.values()))
+        eval_rows = eval_rows.select(range(min(args.num_samples, len(eval_rows))))
         tokenizer = getattr(run.processing_class, "tokenizer", run.processing_class)
         options = {"reference": run.reference, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
         options |= {"batch_size": args.per_device_eval_batch_size, "file": run.output_dir / "samples.jsonl"}
         with autocast(args, run.world):
-            row |= sampling.sample_answers(run.model, rows, tokenizer, reward=run.reward, **options)
-    row = distributed.from_first(row, run.world)  # what sampled answers are worth is known there only
+            row |= sampling.sample_answers(run.model, eval_rows, tokenizer, reward=run.reward, **options)
+    row = distributed.from_first(row, run.world)  # only the first process has rated the answers
     record(run, row)
     if args.load_best_model_at_end and is_saved:
         better = {"metric": args.metric_for_best_model, "greater": args.greater_is_better}

@@ -1,5 +1,5 @@
-"""Every loss of preference optimization as a plain function of (B,) tensors: one value per pair, nothing reduced.
-Those of rankings take (B, K) tensors of K completions and give one value per row.
+"""Every loss of preference optimization as a plain function of (B,) tensors: one value per pair (AOT: per quantile), no
+mean taken. Those of rankings take (B, K) tensors of K completions and give one value per row.
 
 Notation, here and in the papers: w = log π(y_w|x) − log π_ref(y_w|x) for the chosen completion, l the same for the
 rejected one, h = w − l, σ the logistic function, |y| the number of completion tokens, all log-probabilities in nats and
@@ -429,10 +429,8 @@ def check_loss(
     if f_divergence_type not in F_DIVERGENCES:
         raise ValueError(f"f_divergence_type {f_divergence_type!r} is unknown: choose {', '.join(F_DIVERGENCES)}")
     if f_divergence_type != "reverse_kl" and not set() < set(names) - {"sft"} <= set(WITH_F_DIVERGENCE):
-        owners = ", ".join(WITH_F_DIVERGENCE)
-        raise ValueError(
-            f"f_divergence_type {f_divergence_type} has no meaning for loss_type {listed}: it is of {owners}"
-        )
+        why = f"has no meaning for loss_type {listed}: it is of {', '.join(WITH_F_DIVERGENCE)}"
+        raise ValueError(f"f_divergence_type {f_divergence_type} {why}")
     if set(names) & set(OF_RANKINGS) and not set(names) <= {*OF_RANKINGS, "sft"}:
         others = f"{', '.join(OF_RANKINGS)} go with each other and sft only"
         raise ValueError(f"loss_type {listed} mixes losses of rankings with losses of pairs: {others}")

@@ -23,12 +23,17 @@ from dpo.collate import NUMBERS, DataCollatorForPreference
 from dpo.config import DPOConfig, UserError
 from dpo.data import first_line, prepare_dataset
 from dpo.distributed import World
-from dpo.losses import OF_RANKINGS, PARAMETERS, WITH_REFERENCE, dpo_loss, takers
+from dpo.losses import OF_RANKINGS, OVER_THE_BATCH, PARAMETERS, WITH_REFERENCE, dpo_loss, takers
 from dpo.reference import Reference, adapter_starts_at_zero, frozen_copy
 from dpo.sources import load_preferences
 
-# Another value of these would be another run: it cannot go on from a checkpoint.
-EXACT_OPTIONS = "per_device_train_batch_size gradient_accumulation_steps learning_rate beta loss_type seed data_seed"
+# Another value of any of these makes another run, which cannot go on from a checkpoint.
+EXACT_OPTIONS = """per_device_train_batch_size gradient_accumulation_steps shuffle group_by_length dataloader_drop_last
+seed data_seed disable_dropout learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps optim
+weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16 loss_type loss_weights beta label_smoothing
+f_divergence_type f_alpha_divergence_coef reference_free rpo_alpha use_weighting ld_alpha discopop_tau simpo_gamma
+orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha chipo_clip exo_beta_r sync_ref_model ref_model_mixup_alpha
+ref_model_sync_steps"""
 logger = logging.getLogger("dpo")
 
 
@@ -181,7 +186,7 @@ def prepare_data(run: Run, train_dataset, eval_dataset) -> tuple[datasets.Datase
 
 
 def prepare_rows(run: Run, source, split: str, subset: str | None) -> datasets.Dataset:
-    """One dataset, tokenised, with the numbers of each row that the losses name as parameters."""
+    """One dataset, tokenised, with its columns margin, weight and scores where there are any that the losses take."""
     args, names, take_scores = run.args, set(loss_names(run.args)), set(takers("scores"))
     parts = load_preferences(source, split=split, subset=subset)
     with distributed.first_process_first(run.world):
@@ -203,6 +208,8 @@ def prepare_rows(run: Run, source, split: str, subset: str | None) -> datasets.D
         wanting = {name for name in names if (p := PARAMETERS[name].get(parameter)) and p.default is p.empty}
         if wanting and column not in rows.column_names:
             raise UserError(f"{where}: loss_type {min(wanting)} needs a number for each pair: add a column {column}")
+    if "weight" in rows.column_names and names & set(OVER_THE_BATCH):
+        raise UserError(f"{where}: {args.loss_type} sorts the batch, weights are of pairs: leave out the column")
     if args.exo_beta_r != DPOConfig.exo_beta_r and not scored:
         raise UserError(f"{where}: exo_beta_r does nothing without scores: leave it out, or add a column scores")
     if args.label_smoothing and scored:
@@ -271,7 +278,10 @@ def build_models(model, ref_model, peft_config, *, args: DPOConfig) -> tuple[tor
             each.compile(**{key: value for key, value in options.items() if value is not None})
     sync = {"sync_steps": args.ref_model_sync_steps, "mixup_alpha": args.ref_model_mixup_alpha}
     reference = Reference(model, ref_model, exists, args.ld_alpha, **(sync if args.sync_ref_model else {}))
-    return model, reference, args.disable_dropout and exists and not given
+    # An adapter keeps its own dropout, which shows wherever its B is not 0: as it is not in a copied reference.
+    is_noisy = any("lora_dropout" in name and getattr(module, "p", 0) > 0 for name, module in model.named_modules())
+    must_agree = args.disable_dropout and exists and not given and not (is_noisy and ref_model is not None)
+    return model, reference, must_agree
 
 
 def make_optimizers(run: Run, optimizers: tuple) -> tuple:

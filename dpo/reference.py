@@ -28,9 +28,9 @@ class Reference:
 
     def __call__(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.exists:
-            pairs = len(batch["tokens"])
-            zeros = torch.zeros(len(batch["lengths"]), device=batch["lengths"].device)
-            return zeros[:pairs], zeros[pairs:].unflatten(0, (-1, pairs)).T.squeeze(1)
+            B, lengths = len(batch["tokens"]), batch["lengths"]
+            zeros = torch.zeros(len(lengths), device=lengths.device)
+            return zeros[:B], zeros[B:].unflatten(0, (-1, B)).T.squeeze(1)
         return compute_ref_log_probs(batch, policy=self.policy, ref_model=self.ref_model, ld_alpha=self.ld_alpha)
 
     def after_step(self, step: int) -> None:

@@ -49,10 +49,9 @@ def describe_evaluation(row: dict) -> str:
         prefix = key.removesuffix("rewards/accuracies")
         if prefix != key:
             name = prefix.removeprefix("eval_").strip("_")
-            start = (
-                f"  step {row['step']}, held-out pairs{f' ({name})' if name else ''}: loss {row[prefix + 'loss']:.3f}"
-            )
-            lines.append(f"{start}, reward accuracy {accuracy:.3f}, margin {row[prefix + 'rewards/margins']:.3f}")
+            loss, margin, name = row[prefix + "loss"], row[prefix + "rewards/margins"], f" ({name})" if name else ""
+            lines.append(f"  step {row['step']}, held-out pairs{name}: loss {loss:.3f}")
+            lines[-1] += f", reward accuracy {accuracy:.3f}, margin {margin:.3f}"
     return "\n".join(lines)
 
 
@@ -134,9 +133,7 @@ def create_model_card(
     Args: model_name, dataset_name, of the Hub or a path; tags, a text or a list, beside dpo; rows, the run's metrics
     rows; adapter, whether the directory holds a PEFT adapter.
     """
-    on_hub = {
-        name: bool(name) and name.count("/") <= 1 and not Path(name).exists() for name in (model_name, dataset_name)
-    }
+    on_hub = {n: bool(n) and n.count("/") <= 1 and not Path(n).exists() for n in (model_name, dataset_name)}
     data = ModelCardData(
         library_name="peft" if adapter else "transformers",
         base_model=model_name if on_hub[model_name] else None,

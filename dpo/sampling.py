@@ -24,14 +24,15 @@ def generate_from_model_and_ref(
     seed: int = 0,
 ) -> tuple[list[str], list[str] | None]:
     """Samples an answer to each of B prompts from policy and reference, at temperature 1, from the whole vocabulary:
-    what the model is, not what decoding makes of it.
+    what the model is, not what its generation_config would make of it.
 
     Args: batch, of the plain layout: prompt_input_ids left-padded, and their mask. Every process takes part.
     Returns: (B policy answers, B reference answers or None without a reference). Random numbers come from seed alone.
     """
     prompt = {"input_ids": batch["prompt_input_ids"], "attention_mask": batch["prompt_attention_mask"]}
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_new_tokens": max_new_tokens}
-    sampling["pad_token_id"] = processing_class.pad_token_id
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
+    sampling |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
+    sampling |= {"max_new_tokens": max_new_tokens, "pad_token_id": processing_class.pad_token_id}
 
     def sample(from_model) -> list[str]:
         with torch.random.fork_rng():  # the same noise for both, and none taken from the training's

@@ -180,16 +180,19 @@ def test_a_run_leaves_what_the_readme_lists(tmp_path, model_dir):
 
 
 def test_an_adapter_is_saved_alone_and_trains_on_from_there(tmp_path, model_dir):
-    run_ = start(tmp_path / "first", model=str(model_dir), use_peft=True, lora_r=4, learning_rate=1e-2)
+    lora = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.2}
+    run_ = start(tmp_path / "first", model=str(model_dir), learning_rate=1e-2, **lora)
     assert (tmp_path / "first" / "adapter_model.safetensors").exists()
     assert not (tmp_path / "first" / "model.safetensors").exists()
     loaded = load_model(str(tmp_path / "first"))
     prompt = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     assert torch.equal(loaded.eval()(**prompt).logits, run_.model(**prompt).logits)
-    # Its second training starts from its first's end: that is the reference, not the bare base model.
-    second = start(tmp_path / "second", model=str(tmp_path / "first"), max_steps=1)
-    assert second.rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-7)
-    assert second.rows[0]["logps/chosen"] != run_.rows[0]["logps/chosen"]
+    # Its second training starts from its first's end: that is the reference, not the bare base model. The adapter's
+    # dropout is its own, and noise that the reference has not: rewards are near 0 in training, exactly 0 in evaluation.
+    options = {"max_steps": 1, "eval_on_start": True, "eval_strategy": "epoch", "eval_rows": EVAL_ROWS}
+    before, *second = start(tmp_path / "second", model=str(tmp_path / "first"), **options).rows
+    assert before["eval_loss"] == pytest.approx(math.log(2), abs=1e-7) != second[0]["loss"]
+    assert second[0]["logps/chosen"] != run_.rows[0]["logps/chosen"]
 
 
 def test_the_run_learns_the_preference(tmp_path):
@@ -293,6 +296,7 @@ def test_arguments_that_contradict_each_other_are_refused(tmp_path):
         ({"ref_model": "m", "loss_type": "simpo"}, "no use for a ref_model"),
         ({"ref_model": model}, "which will train"),
         ({"dtype": "bfloat16"}, "dtype does nothing for a model that is loaded already"),
+        ({"loss_type": "aot", "rows": [{**ROWS[0], "weight": 2}]}, "aot sorts the batch, weights are of pairs: lea"),
         ({"peft_config": {"r": 2}}, "has an adapter already"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -33,7 +33,11 @@ def samples(folder: Path, model=None, **options) -> list[dict]:
 
 def test_samples_are_the_prompts_with_the_answers_of_policy_and_reference(tmp_path):
     options = {"num_samples": 5, "max_new_tokens": 3, "per_device_eval_batch_size": 2}
-    found = samples(tmp_path, speaker("blue"), ref_model=speaker("green"), **options)
+    policy = speaker("blue")  # whose author would have it say each word once
+    policy.generation_config.update(
+        do_sample=True, repetition_penalty=9.0, no_repeat_ngram_size=1, min_p=0.9, num_beams=2
+    )
+    found = samples(tmp_path, policy, ref_model=speaker("green"), **options)
     expected = {"policy": " blue blue blue", "reference": " green green green"}
     assert found == [{"prompt": row["prompt"], **expected} for row in ROWS[:5]]
     alone = samples(tmp_path / "alone", speaker("blue"), reference_free=True, **options)
