@@ -38,20 +38,12 @@ def make_model(path: Path, *, hidden: int, layers: int, vocab: int) -> None:
     words = [" " + "".join(chr(97 + number // 26**place % 26) for place in range(4)) for number in range(vocab - 2)]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<|unk|>", EOS, *words])}, "<|unk|>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(" ?[a-z]+"), "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<|unk|>", eos_token=EOS, pad_token=EOS).save_pretrained(
-        path
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<|unk|>", eos_token=EOS, pad_token=EOS)
+    tokenizer.save_pretrained(path)
     torch.manual_seed(0)
-    shape = {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": hidden * 8 // 3 // 32 * 32,
-        "num_hidden_layers": layers,
-        "num_attention_heads": hidden // 64,
-        "num_key_value_heads": hidden // 64,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 2048,
-    }
+    shape = {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": hidden * 8 // 3 // 32 * 32}
+    shape |= {"num_hidden_layers": layers, "tie_word_embeddings": True, "max_position_embeddings": 2048}
+    shape |= {"num_attention_heads": hidden // 64, "num_key_value_heads": hidden // 64}
     LlamaForCausalLM(LlamaConfig(**shape, bos_token_id=None, eos_token_id=1, pad_token_id=1)).save_pretrained(path)
 
 
@@ -79,6 +71,13 @@ def now() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
+def common_options(setup: dict) -> dict:
+    """What both call by the same names."""
+    options = {"output_dir": setup["output"], "per_device_train_batch_size": setup["pairs"], "logging_steps": 1}
+    options |= {"max_steps": setup["steps"], "learning_rate": setup["learning_rate"], "use_cpu": setup["use_cpu"]}
+    return options | {"save_strategy": "no"}
+
+
 def run_ours(setup: dict) -> dict:
     """What `python -m dpo.loop` does with this command line, plus a time stamp at each metrics row."""
     import torch
@@ -88,19 +87,8 @@ def run_ours(setup: dict) -> dict:
     from dpo.loop import train
 
     stamps = []
-    options = {
-        "model_name_or_path": setup["model"],
-        "dataset_name": setup["data"],
-        "output_dir": setup["output"],
-        "layout": setup["layout"],
-        "per_device_train_batch_size": setup["pairs"],
-        "max_steps": setup["steps"],
-        "learning_rate": setup["learning_rate"],
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "shuffle": False,
-        "use_cpu": setup["use_cpu"],
-    }
+    options = {"model_name_or_path": setup["model"], "dataset_name": setup["data"], "layout": setup["layout"]}
+    options |= {"shuffle": False} | common_options(setup)
     argv = [f"--{name}={value}" for name, value in options.items()]
     rows = train(args=parse_args(argv), callbacks=[lambda row: stamps.append(now())]).rows
     return {
@@ -130,21 +118,9 @@ def run_trl(setup: dict) -> dict:
                 stamps.append(now())
                 rows.append(dict(logs))
 
-    args = trl.DPOConfig(
-        output_dir=setup["output"],
-        per_device_train_batch_size=setup["pairs"],
-        max_steps=setup["steps"],
-        learning_rate=setup["learning_rate"],
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        train_sampling_strategy="sequential",
-        use_cpu=setup["use_cpu"],
-        bf16=False,
-        gradient_checkpointing=False,
-        max_length=None,
-        model_init_kwargs={"dtype": "float32"},
-    )
+    options = {"report_to": "none", "train_sampling_strategy": "sequential", "bf16": False, "max_length": None}
+    options |= {"gradient_checkpointing": False, "model_init_kwargs": {"dtype": "float32"}}
+    args = trl.DPOConfig(**common_options(setup), **options)
     rows_of_text = load_dataset("json", data_files=setup["data"], split="train")
     trl.DPOTrainer(model=setup["model"], args=args, train_dataset=rows_of_text, callbacks=[Stamp()]).train()
     return {

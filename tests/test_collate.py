@@ -3,11 +3,13 @@
 from types import SimpleNamespace
 
 import torch
+from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo.batches import epoch_windows
+from dpo.batches import epoch_windows, load_windows
 from dpo.collate import DataCollatorForPreference, concatenated_inputs
+from dpo.distributed import World
 from dpo.logprobs import concatenated_forward
 
 EXAMPLES = [
@@ -61,6 +63,9 @@ class Reader(torch.nn.Module):
 def test_a_model_reads_each_prompt_and_completion_once_and_predicts_the_completions_tokens(rows, pad_id):
     """The chosen ones first, then the rejected ones by rank; where a row ranks fewer than others, nothing is read."""
     model = Reader()
+    batch = DataCollatorForPreference(pad_token_id=7, layout="plain")(rows)  # made ready with another padding
+    concatenated_forward(model, batch, padding_value=pad_id)
+    made_ready = model.rows
     batch = DataCollatorForPreference(pad_token_id=pad_id, layout="padded")(rows)
     result = concatenated_forward(model, batch)
     rejected = [row["rejected_input_ids"] for row in rows]
@@ -76,7 +81,7 @@ def test_a_model_reads_each_prompt_and_completion_once_and_predicts_the_completi
         predicting = [len(prompt) <= t + 1 < len(text) for t in range(longest)]  # position t predicts token t + 1
         if completion:
             expected.append((text + [pad_id] * padding, [1] * len(text) + [0] * padding, predicting))
-    assert model.rows == expected
+    assert model.rows == made_ready == expected
     by_rank = torch.tensor([len(completion) for _, completion in sequences]).unflatten(0, (-1, len(rows)))
     assert result["chosen_lengths"].tolist() == by_rank[0].tolist()
     assert result["rejected_lengths"].reshape(len(rows), -1).tolist() == by_rank[1:].mT.tolist()
@@ -84,11 +89,13 @@ def test_a_model_reads_each_prompt_and_completion_once_and_predicts_the_completi
     assert batch["tokens"].tolist() == [sum(read[i :: len(rows)]) for i in range(len(rows))]
 
 
-def test_scores_are_padded_like_the_completions_they_belong_to():
+def test_numbers_come_along_and_scores_are_padded_like_the_completions_they_belong_to():
     rows = [{**EXAMPLES[0], "rejected_input_ids": [[6]], "scores": [2.0, 1.0]}]
     rows += [{**EXAMPLES[1], "rejected_input_ids": [[11, 12], [13]], "scores": [3.0, 2.5, -1.0]}]
+    rows = [{**row, "margin": -1.5, "weight": 2.0} for row in rows]
     batch = DataCollatorForPreference(pad_token_id=0)(rows)
     assert batch["scores"].tolist() == [[2.0, 1.0, 0.0], [3.0, 2.5, -1.0]]
+    assert (batch["margins"].tolist(), batch["weights"].tolist()) == ([-1.5] * 2, [2.0] * 2)
     assert batch["rejected_input_ids"].tolist() == [[[6, 0], [0, 0]], [[11, 12], [13, 0]]]
 
 
@@ -132,8 +139,9 @@ def test_the_same_pairs_make_a_step_however_they_are_cut(plan):
 
 def test_rows_keep_their_order_without_shuffling_and_change_it_with_the_seed():
     lengths = [5] * 20
-    flat = [window[0][0] for window in epoch_windows(lengths, batch_size=4, shuffle=False)]
-    assert flat == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14, 15], [16, 17, 18, 19]]
+    for grouped in (False, True):
+        plan = epoch_windows(lengths, batch_size=4, shuffle=False, group_by_length=grouped)
+        assert [window[0][0] for window in plan] == [list(range(i, i + 4)) for i in range(0, 20, 4)]
     assert epoch_windows(lengths, batch_size=4, seed=1) != epoch_windows(lengths, batch_size=4, seed=2)
     assert epoch_windows(lengths, batch_size=4, seed=1) == epoch_windows(lengths, batch_size=4, seed=1)
 
@@ -142,6 +150,18 @@ def test_drop_last_leaves_out_the_smaller_window():
     assert [len(w[0][0]) for w in epoch_windows([1] * 10, batch_size=4)] == [4, 4, 2]
     assert [len(w[0][0]) for w in epoch_windows([1] * 10, batch_size=4, drop_last=True)] == [4, 4]
     assert epoch_windows([1] * 3, batch_size=4, drop_last=True) == []
+    assert len(epoch_windows([1] * 8, batch_size=4, drop_last=True)) == 2
+
+
+def test_ranks_take_rows_of_like_length_and_one_that_has_none_stands_in():
+    lengths, rows = [1, 9, 2, 8, 5], Dataset.from_list([{**EXAMPLES[0], "number": i} for i in range(5)])
+    windows = epoch_windows(lengths, batch_size=2, world_size=2, shuffle=False)
+    assert windows == [[[[1, 2], [3, 0]]], [[[4], []]]]
+    for rank, indices in enumerate(([[1, 2], [4]], [[3, 0], [-1]])):
+        world = World(rank=rank, size=2, device=torch.device("cpu"))
+        loaded = list(load_windows(rows, windows, world, DataCollatorForPreference(pad_token_id=0)))
+        assert [pairs for pairs, _ in loaded] == [4, 1]  # of both ranks
+        assert [batch["index"].tolist() for _, (batch,) in loaded] == indices
 
 
 def test_grouping_by_length_saves_padding_and_takes_the_windows_in_random_order():

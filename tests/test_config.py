@@ -555,13 +555,8 @@ def test_longer_gradients_are_cut_to_max_grad_norm(tmp_path):
 
 
 def test_a_moved_reference_takes_its_share_of_the_policy(tmp_path):
-    options = {
-        "learning_rate": 1e-4,
-        "optim": "sgd",
-        "max_grad_norm": 0,
-        "max_steps": 2,
-        "lr_scheduler_type": "constant",
-    }
+    options = {"learning_rate": 1e-4, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0}
+    options["max_steps"] = 2
     still = start(tmp_path / "still", rows=ROWS, **options).rows[1]["rewards/chosen"]
     for share in (0.2, 0.7):
         moving = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": share}

@@ -187,9 +187,8 @@ def test_saved_datasets_are_opened(tmp_path):
 
 def test_the_hub_is_asked_for_name_subset_and_split(monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        sources, "load_dataset", lambda *args, **options: asked.append((args, options)) or Dataset.from_list([PAIR])
-    )
+    table = Dataset.from_list([PAIR])
+    monkeypatch.setattr(sources, "load_dataset", lambda *args, **options: asked.append((args, options)) or table)
     parts = load_preferences("org/pairs", split="test", subset="small")
     assert asked == [(("org/pairs", "small"), {"split": "test"})]
     assert {name: part.to_list() for name, part in parts.items()} == {"org/pairs (test)": [PAIR]}
@@ -268,9 +267,8 @@ def test_tools_reach_the_chat_template_without_the_nulls_of_the_table(as_text):
 
 TURNS = "<|im_start|>user\nsky?<|im_end|>\n<|im_start|>assistant\n"
 WITH_BOS = make_tokenizer("{{ bos_token }}" + CHATML, bos=True)
-COUNTED = make_tokenizer(
-    "{% for m in messages %}[{{ loop.index }}/{{ messages | length }}] {{ m['content'] }}\n{% endfor %}"
-)
+COUNTED = "{% for m in messages %}[{{ loop.index }}/{{ messages | length }}] {{ m['content'] }}\n{% endfor %}"
+COUNTED = make_tokenizer(COUNTED)
 METASPACE = sentencepiece_like("first")  # it has a BOS token but does not put it before a text
 LONG = {"prompt": "the sky is very blue", "chosen": " now today", "rejected": " here"}
 
@@ -282,6 +280,8 @@ LONG = {"prompt": "the sky is very blue", "chosen": " now today", "rejected": " 
         (CHAT, CHAT_TOKENIZER, {}, (TURNS, "blue", "green")),
         ({**CHAT, "prompt": [SYSTEM, USER], "source": "x", "score": 3}, CHAT_TOKENIZER, {},
          ("<|im_start|>system\nbe brief<|im_end|>\n" + TURNS, "blue", "green")),
+        ({**CHAT, "prompt": [{**SYSTEM, "content": ""}, USER]}, CHAT_TOKENIZER, {},
+         ("<|im_start|>system\n<|im_end|>\n" + TURNS, "blue", "green")),
         ({**CHAT, "prompt": [USER, GREEN]}, CHAT_TOKENIZER, {},  # no turn of the assistant is asked for
          (TURNS + "green<|im_end|>\n", "<|im_start|>assistant\nblue", "<|im_start|>assistant\ngreen")),
         ({**CHAT, "chosen": [USER, BLUE]}, CHAT_TOKENIZER, {},  # repeated in one completion alone
@@ -586,6 +586,9 @@ def test_scores_may_stand_beside_chosen_and_rejected_where_they_are_read(tokeniz
 
 
 def test_scores_in_some_rows_only_are_refused_where_they_are_read(tokenizer, tmp_path):
+    alike = {"completions": [[BLUE], [{**BLUE, "id": 7}]], "scores": [2, 1]}  # and once rendered even equal
+    message = refusal([alike], CHAT_TOKENIZER, ranked=True, read_scores=True, allow_ties=True)
+    assert message.startswith("dataset, row 1: columns 'completions' number 1 and 'completions' number 2 are equal as")
     path = write_jsonl(tmp_path / "some.jsonl", [SCORED, SCORED, RANKING])
     message = refusal(path, tokenizer, ranked=True, read_scores=True, allow_ties=True)
     assert message.startswith(f"{path}, row 3: it has no scores, 2 other rows have: loss_type exo takes them in all")

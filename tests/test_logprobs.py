@@ -77,6 +77,7 @@ def test_log_probabilities_match_closed_form_on_a_model_whose_logits_are_known()
             likely += (tokens - expect[before]).mean()
         assert weighed["wpo_weights"][i].item() == pytest.approx(min(1, math.exp(likely)), abs=1e-5)
         assert (likely > 0) == (i == 1)  # one weight is below 1, one capped
+    assert not weighed["wpo_weights"].requires_grad
 
 
 def test_other_families_score_the_same_in_company_as_alone():

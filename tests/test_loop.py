@@ -6,18 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 from conftest import curve, make_model, make_rankings, make_rows, make_tokenizer, read, run, same, start, weights
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    GPT2LMHeadModel,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
 
 from dpo.collate import DataCollatorForPreference
 from dpo.config import DPOConfig
@@ -174,9 +167,9 @@ def test_a_run_leaves_what_the_readme_lists(tmp_path, model_dir):
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["model_name_or_path"] == str(model_dir)
     card = (tmp_path / "README.md").read_text()
     assert "tags:\n- dpo" in card and "Rafailov" in card
-    saved = weights(AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32"))
+    saved = weights(transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32"))
     assert same(weights(run_.model), saved) and not same(saved, weights(make_model()))
-    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == make_tokenizer().chat_template
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).chat_template == make_tokenizer().chat_template
 
 
 def test_an_adapter_is_saved_alone_and_trains_on_from_there(tmp_path, model_dir):
@@ -304,7 +297,8 @@ def test_arguments_that_contradict_each_other_are_refused(tmp_path):
 
 
 def test_rows_longer_than_learned_positions_are_refused_in_a_line(tmp_path):
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2, n_positions=12))
+    config = transformers.GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2, n_positions=12)
+    model = transformers.GPT2LMHeadModel(config)
     with pytest.raises(ValueError, match="tokens, the model has 12 positions: set max_length 12"):
         start(tmp_path, model=model)
     start(tmp_path, model=model, max_length=12, max_steps=1)
@@ -400,7 +394,7 @@ def test_router_loss_of_a_mixture_of_experts_is_added(tmp_path):
 
     def first(**config):
         torch.manual_seed(0)
-        model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, **experts, **config))
+        model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads, **experts, **config))
         return start(tmp_path / str(len(config)), model=model, max_steps=1).rows[0]
 
     row = first(output_router_logits=True)

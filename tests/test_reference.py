@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 
 from dpo.collate import DataCollatorForPreference
 from dpo.logprobs import concatenated_forward
-from dpo.reference import adapter_starts_at_zero, compute_ref_log_probs, frozen_copy, null_ref_context, sync_reference
+from dpo.reference import Reference, adapter_starts_at_zero, compute_ref_log_probs, frozen_copy, null_ref_context
 
 BATCH = DataCollatorForPreference(pad_token_id=0)(
     [{"prompt_input_ids": [5, 6, 7], "chosen_input_ids": [9, 10], "rejected_input_ids": [11, 12, 13]}]
@@ -40,6 +40,9 @@ def test_frozen_copy_stays_where_the_policy_started():
     assert chosen.item() == before != score(policy)
     assert not chosen.requires_grad and not rejected.requires_grad
     assert not any(parameter.requires_grad for parameter in reference.parameters())
+    assert not reference.training and not frozen_copy(policy.train()).training
+    limited = Reference(policy, reference, ld_alpha=0.5)(BATCH)  # of the longer completion's tail a half
+    assert limited[0].item() == before and rejected.item() < limited[1].item()
 
 
 @pytest.mark.parametrize("alpha", [0.25, 1.0])
@@ -49,7 +52,10 @@ def test_a_synced_reference_moves_by_alpha_towards_what_trains(make, alpha):
     reference = frozen_copy(policy)
     before = {name: parameter.clone().double().numpy() for name, parameter in reference.named_parameters()}
     shift(policy)
-    sync_reference(policy, reference, mixup_alpha=alpha)
+    moving = Reference(policy, reference, sync_steps=2, mixup_alpha=alpha)
+    moving.after_step(1)
+    assert all((parameter.double().numpy() == before[name]).all() for name, parameter in reference.named_parameters())
+    moving.after_step(2)
     moved = dict(reference.named_parameters())
     for name, parameter in policy.named_parameters():
         expected = alpha * parameter.detach().double().numpy() + (1 - alpha) * before[name]
@@ -73,6 +79,9 @@ def test_adapter_is_on_and_training_again_after_the_reference_was_scored():
     with null_ref_context(policy) as base:
         assert not any(module.training for module in base.modules())
     assert policy.training and policy.get_base_model().training
+    with null_ref_context(policy.eval()):
+        pass
+    assert not policy.training
     assert score(policy.eval()) != compute_ref_log_probs(BATCH, policy=policy)[0].item()
 
 
