@@ -1,6 +1,6 @@
 """Every option of a run, in one dataclass: `DPOConfig(...)` in Python, `--name value` or `--config FILE` in a shell.
 
-Names and defaults are those of TRL's DPOConfig. LEFT_OUT lists what that has and this does not, each with the reason.
+Names are those of TRL's DPOConfig. LEFT_OUT lists what that has and this does not, each with the reason.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class DPOConfig:
     ref_model_init_kwargs: Json = option(None, "The same for ref_model_name_or_path.")
     disable_dropout: bool = option(True, "Switch off dropout in policy and reference, so that rewards start at 0.")
     gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, more time.")
-    gradient_checkpointing_kwargs: Json = option(None, "Its arguments, as JSON.", needs="gradient_checkpointing")
+    gradient_checkpointing_kwargs: Json = option(None, "More arguments of it, as JSON.", needs="gradient_checkpointing")
     use_peft: bool = option(False, "Train a LoRA adapter; the reference is the model without it.")
     lora_r: int = option(16, "Rank of the adapter.", least=1, needs="use_peft")
     lora_alpha: int = option(32, "The adapter's output is scaled by lora_alpha / lora_r.", least=1, needs="use_peft")
@@ -67,24 +67,26 @@ class DPOConfig:
     skip_bad_rows: bool = option(False, "Leave out rows that are not preference pairs instead of stopping.")
     max_prompt_length: int | None = option(None, "Longer prompts are cut.", least=1)
     max_completion_length: int | None = option(None, "Longer completions lose their end.", least=1)
-    max_length: int | None = option(None, "Of prompt and completion together.", least=2)
-    truncation_mode: str = option("keep_end", "What stays of a long prompt.", choices="keep_end keep_start")
+    max_length: int | None = option(None, "The same for prompt and completion together.", least=2)
+    truncation_mode: str = option("keep_end", "What stays of a cut prompt.", choices="keep_end keep_start")
     padding_value: int | None = option(None, "Token id to pad with; by default the tokenizer's.", least=0)
-    layout: str = option("auto", "Of a batch; auto takes padded, exact for every model.", choices="auto padded")
-    dataset_num_proc: int | None = option(None, "Processes that tokenise.")
-    dataloader_num_workers: int = option(0, "Processes that collate.", least=0)
-    dataloader_prefetch_factor: int | None = option(None, "Batches that each prepares.", needs="dataloader_num_workers")
+    layout: str = option("auto", "How batches look; auto takes padded, exact for every model.", choices="auto padded")
+    dataset_num_proc: int | None = option(None, "Processes that tokenise the dataset.")
+    dataloader_num_workers: int = option(0, "Processes that make batches ready.", least=0)
+    dataloader_prefetch_factor: int | None = option(
+        None, "Batches that each keeps ready.", needs="dataloader_num_workers"
+    )
     dataloader_drop_last: bool = option(False, "Leave out the last, smaller batch of an epoch.")
     shuffle: bool = option(True, "Train in another random order each epoch; false keeps the dataset's order.")
     group_by_length: bool = option(False, "Train on pairs of similar length together: less padding, less random.")
 
     # ---- loss
-    loss_type: list[str] | str = option("sigmoid", "A loss of the README's table, or several, which are added up.")
+    loss_type: list[str] | str = option("sigmoid", "A loss of tutorials/losses.md, or several, which are added up.")
     loss_weights: list[float] | None = option(None, "A factor for each of several losses; by default 1.")
     beta: float = option(0.1, "How strongly the policy is held to the reference.", above=0)
     label_smoothing: float = option(0.0, "Share of labels taken to be flipped.", least=0, below=0.5)
-    f_divergence_type: str = option("reverse_kl", "Divergence.", choices=" ".join(F_DIVERGENCES))
-    f_alpha_divergence_coef: float = option(1.0, "Its α.", needs="f_divergence_type alpha_divergence")
+    f_divergence_type: str = option("reverse_kl", "What holds the policy.", choices=" ".join(F_DIVERGENCES))
+    f_alpha_divergence_coef: float = option(1.0, "Its α; 1 is forward_kl.", needs="f_divergence_type alpha_divergence")
     reference_free: bool = option(False, "Take the reference to like all completions alike; none is loaded or run.")
     rpo_alpha: float | None = option(None, "So much of the chosen completion's mean NLL is added (RPO).", least=0)
     use_weighting: bool = option(False, "Weigh pairs by how likely they are under the policy (WPO).")
@@ -98,7 +100,7 @@ class DPOConfig:
     chipo_clip: float = option(10.0, "Largest margin of chipo.", above=0)
     exo_beta_r: float = option(1.0, "Temperature of the dataset's scores in exo.", above=0)
     sync_ref_model: bool = option(False, "Move the reference towards the policy while training (TR-DPO).")
-    ref_model_mixup_alpha: float = option(0.9, "The policy's share in it.", least=0, most=1, needs="sync_ref_model")
+    ref_model_mixup_alpha: float = option(0.9, "The policy's share then.", least=0, most=1, needs="sync_ref_model")
     ref_model_sync_steps: int = option(64, "Move it every so many steps.", least=1, needs="sync_ref_model")
 
     # ---- optimization
@@ -137,7 +139,7 @@ class DPOConfig:
     sample_reward: str | None = option(None, "module:function(prompt, answer) -> float.", needs="generate_during_eval")
     logging_steps: float = option(10, "Steps between metrics rows; below 1 a share of all.", above=0)
     report_to: Words = option(None, "Where metrics go besides metrics.jsonl: tensorboard, wandb, trackio.")
-    run_name: str | None = option(None, "Name of the run there; by default output_dir's.")
+    run_name: str | None = option(None, "Name of the run in trackers; by default output_dir's.")
     disable_tqdm: bool = option(False, "No progress bar.")
     save_strategy: str = option("steps", "When to write checkpoints.", choices="no steps epoch")
     save_steps: float = option(500, "Every so many steps; below 1 a share of all.", above=0)
@@ -156,6 +158,13 @@ class DPOConfig:
     ddp_backend: str | None = option(None, "nccl or gloo; by default nccl on GPUs, gloo on CPUs.")
     ddp_timeout: int = option(1800, "Seconds after which a process that waits for another gives up.", least=1)
     ddp_find_unused_parameters: bool = option(False, "For models that leave some trained parameters out of a step.")
+
+    def __new__(cls, *args, **options):
+        known = {each.name for each in dataclasses.fields(cls)}
+        for name in options:
+            if name not in known:
+                raise UserError(_explain_unknown(name))
+        return super().__new__(cls)
 
     def __post_init__(self):
         for each in dataclasses.fields(self):
@@ -280,12 +289,13 @@ def _parse_json(name: str, value) -> dict:
     return parsed
 
 
-# What TRL's configuration has and this one has not: the names, and what to do instead or why not.
+# What TRL's configurations, 0.13 to 1.16, have and this one has not: the names, and what to do instead or why not.
 LEFT_OUT = """
 do_train do_eval do_predict prediction_loss_only past_index jit_mode_eval use_ipex mp_parameters ray_scope debug \
 tpu_num_cores tpu_metrics_debug label_names use_legacy_prediction_loop torchdynamo include_inputs_for_metrics \
 include_for_metrics eval_use_gather_object batch_eval_metrics logging_strategy eval_accumulation_steps eval_delay \
 restore_callback_states_from_checkpoint skip_memory_metrics log_level half_precision_backend fp16_backend \
+enable_jit_checkpoint ignore_bias_buffers \
 fp16_opt_level accelerator_config dispatch_batches split_batches eval_do_concat_batches log_level_replica \
 log_on_each_node torch_empty_cache_steps: it steers machinery of the Trainer class that a plain loop does not have
 per_gpu_train_batch_size: use per_device_train_batch_size
@@ -295,6 +305,16 @@ torch_dtype: use dtype
 label_smoothing_factor: use label_smoothing
 adafactor optim_args: choose one of the optimizers of optim, or pass optimizers=... to dpo.loop.train
 optim_target_modules: use use_peft and lora_target_modules
+lora_target_parameters lora_task_type use_rslora use_dora: pass peft_config=peft.LoraConfig(...) to dpo.loop.train
+load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage: this version does not \
+quantise: pass a model that you loaded so to dpo.loop.train
+activation_checkpointing activation_checkpointing_kwargs activation_offloading: use gradient_checkpointing
+train_sampling_strategy: use shuffle and group_by_length
+router_aux_loss_coef: set it, and output_router_logits, in model_init_kwargs
+pad_token: use padding_value
+pad_to_multiple_of use_cache: it changes no result
+dataset_streaming: this version tokenises whole datasets
+project trackio_space_id trackio_bucket_id trackio_static_space_id: trackers read their own environment variables
 logging_dir: TensorBoard files go to output_dir/tensorboard
 logging_first_step: the first step is always logged: its loss of ln 2 tells that all is well
 logging_nan_inf_filter: a loss that is not finite stops the run
@@ -311,15 +331,16 @@ include_tokens_per_second include_num_input_tokens_seen: every metrics row has b
 average_tokens_across_devices: the loss is always the mean over all pairs of all processes
 auto_find_batch_size: lower per_device_train_batch_size and raise gradient_accumulation_steps: the same result
 neftune_noise_alpha: noise in the embeddings would break the comparison with the reference
-use_liger_kernel: only completion positions reach the head here, which is what that kernel would save
+use_liger_kernel liger_kernel_config: only completion positions reach the head here, which that kernel would save
 push_to_hub push_to_hub_model_id push_to_hub_organization push_to_hub_token hub_model_id hub_strategy hub_token \
-hub_private_repo hub_always_push: after the run: hf upload NAME OUTPUT_DIR
+hub_revision hub_private_repo hub_always_push: after the run: hf upload NAME OUTPUT_DIR
 use_num_logits_to_keep: only completion positions ever reach the head
 label_pad_token_id: there are no padded labels: a mask says which positions count
 force_use_ref_model: a reference model that is given is always used
-ddp_bucket_cap_mb ddp_broadcast_buffers: PyTorch's defaults serve
-fsdp fsdp_min_num_params fsdp_config fsdp_transformer_layer_cls_to_wrap deepspeed: this version replicates the model \
-in every process (DDP) and does not shard it
+ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph dataloader_multiprocessing_context dataloader_in_order: \
+PyTorch's defaults serve
+parallelism_config fsdp fsdp_min_num_params fsdp_config fsdp_transformer_layer_cls_to_wrap deepspeed: this version \
+replicates the model in every process (DDP) and does not shard it
 is_encoder_decoder: this version trains decoder-only language models
 padding_free: this version has the padded layout only
 model_adapter_name ref_adapter_name precompute_ref_log_probs precompute_ref_batch_size: in this version the reference \
@@ -346,8 +367,10 @@ def parse_args(argv: list[str]) -> DPOConfig:
         namespace, unknown = parser.parse_known_args(argv, namespace)
     except argparse.ArgumentError as error:
         raise UserError(str(error).replace("argument --", "--")) from error
+    if unknown and not unknown[0].startswith("--"):
+        raise UserError(f"cannot make sense of {unknown[0]!r}: options are written --name value")
     if unknown:
-        raise UserError(_explain_unknown(unknown[0]))
+        raise UserError(_explain_unknown(unknown[0].split("=")[0]))
     given = {name: value for name, value in vars(namespace).items() if value is not unset}
     file = given.pop("config")
     if file is None and "model_name_or_path" not in given and "dataset_name" not in given:
@@ -355,15 +378,15 @@ def parse_args(argv: list[str]) -> DPOConfig:
     return DPOConfig(**{**(read_config(Path(file)) if file else {}), **given})
 
 
-def _explain_unknown(argument: str) -> str:
-    name = argument.lstrip("-").split("=")[0].replace("-", "_")
-    if not argument.startswith("--"):
-        return f"cannot make sense of {argument!r}: options are written --name value"
+def _explain_unknown(option: str) -> str:
+    """Why there is no such option, as a line; option is a name, on the command line with its dashes."""
+    name = option.lstrip("-").replace("-", "_")
     for left_out, reason in LEFT_OUT:
         if name in left_out.split():
-            return f"there is no option --{name} here: {reason}"
+            return f"there is no option {option} here: {reason}"
     close = difflib.get_close_matches(name, [f.name for f in dataclasses.fields(DPOConfig)], n=1)
-    return f"there is no option --{name}" + (f": did you mean --{close[0]}?" if close else "; --help lists them all")
+    suggestion = f": did you mean {option[: len(option) - len(option.lstrip('-'))]}{close[0]}?" if close else ""
+    return f"there is no option {option}{suggestion or '; --help lists them all'}"
 
 
 def read_config(path: Path) -> dict:
@@ -380,7 +403,7 @@ def read_config(path: Path) -> dict:
     values = {str(name).replace("-", "_"): value for name, value in values.items()}
     for name, value in values.items():
         if name not in known:
-            raise UserError(f"--config {path}: {_explain_unknown(f'--{name}')}")
+            raise UserError(f"--config {path}: {_explain_unknown(name)}")
         if name.endswith(("_name_or_path", "dataset_name")) and isinstance(value, str) and value.startswith("./"):
             values[name] = str(path.parent / value)
     return {name: value for name, value in values.items() if value is not None}

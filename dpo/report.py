@@ -9,6 +9,26 @@ import yaml
 from huggingface_hub import ModelCardData
 from matplotlib.figure import Figure
 
+METRICS = {  # of metrics.jsonl, in words; every one is the mean over all pairs of all processes since the last row
+    "step": "optimizer steps taken",
+    "epoch": "how often that is through the training set",
+    "loss": "mean loss of a pair; the sigmoid loss starts at ln 2 = 0.6931",
+    "rewards/chosen": "β·log π/π_ref of the chosen completion; with a reference it starts at 0",
+    "rewards/rejected": "the same of the rejected completion; of a ranking, the mean of all but the best",
+    "rewards/margins": "chosen minus rejected: what training widens",
+    "rewards/accuracies": "share of pairs whose chosen completion has the highest reward; 0 at first: all are equal",
+    "logps/chosen": "log π of the chosen completion, summed over its tokens, in nats; if it falls far, raise β",
+    "logps/rejected": "the same of the rejected completion",
+    "learning_rate": "of the last step",
+    "grad_norm": "of the last step, before clipping",
+    "tokens_per_second": "tokens that the policy read, padding not counted",
+    "tokens_seen": "the same since the start of the run",
+    "loss/NAME": "each part of a mixture of losses",
+    "aux_loss": "load balance of a mixture of experts",
+    "eval_…": "each of these on held-out pairs",
+    "eval_samples/policy_reward": "mean sample_reward of answers that the policy sampled; and reference_reward",
+}
+
 
 def append_row(path: Path, row: dict) -> None:
     """One JSON object a line."""
@@ -55,24 +75,40 @@ def describe_evaluation(row: dict) -> str:
     return "\n".join(lines)
 
 
+# What the reward graph shows: a panel's title, the unit of its axis, and its metrics, each with its label and style.
+PANELS = (
+    ("loss", "loss of a pair  [nats]", {"loss": ("", "-", "o", "black")}),
+    (
+        "implicit rewards  β · log π/π_ref",
+        "reward  [nats · β]",
+        {
+            "rewards/chosen": ("chosen", "--", "^", "tab:blue"),
+            "rewards/margins": ("margin", "-", "o", "black"),
+            "rewards/rejected": ("rejected", ":", "v", "tab:orange"),
+        },
+    ),
+    ("accuracy: chosen above rejected", "share of pairs", {"rewards/accuracies": ("", "-", "o", "black")}),
+)
+
+
 def plot_rewards(rows: list[dict], path: Path) -> None:
-    """The reward graph: chosen, rejected and margin on the left, accuracy on the right; evaluations are dots."""
-    figure = Figure(figsize=(11, 4), layout="constrained")  # without pyplot: no screen, and a notebook keeps its own
-    left, right = figure.subplots(1, 2)
-    for axes, names in ((left, ("margins", "chosen", "rejected")), (right, ("accuracies",))):
-        for key in dict.fromkeys(key for row in rows for key in row):
-            start, _, name = key.partition("rewards/")
-            if name in names:
-                points = [(row["step"], row[key]) for row in rows if key in row]
-                style = "o" if start else "-"
-                axes.plot(*zip(*points, strict=True), style, color=f"C{names.index(name)}", label=start + name)
-        axes.set_xlabel("optimizer step")
-        axes.legend()
+    """The reward graph: loss, rewards and accuracy over the steps, training as lines and held-out pairs as marks."""
+    figure = Figure(figsize=(14, 4.6), layout="constrained")  # without pyplot: no screen, and a notebook keeps its own
+    for axes, (title, unit, metrics) in zip(figure.subplots(1, 3), PANELS, strict=True):
+        for key, (name, line, mark, colour) in metrics.items():
+            for column in dict.fromkeys(column for row in rows for column in row):
+                prefix = column.removesuffix(key)
+                if prefix + key == column and (prefix == "" or prefix.startswith("eval_")):
+                    of = prefix.removeprefix("eval_").strip("_")
+                    where = ("held-out " + of).strip() if prefix else "train"
+                    points = [(row["step"], row[column]) for row in rows if column in row]
+                    style = {"linestyle": "none", "marker": mark} if prefix else {"linestyle": line}
+                    label = f"{name}, {where}".removeprefix(", ")
+                    axes.plot(*zip(*points, strict=True), color=colour, label=label, **style)
+        axes.set(title=title, xlabel="optimizer step", ylabel=unit)
+        axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
         axes.grid(alpha=0.3)
-    left.set_title("implicit rewards  β·log π/π_ref  [nats·β]")
-    left.axhline(0, color="black", linewidth=0.8)
-    right.set_title("how often the chosen completion has the higher reward")
-    right.set_ylim(0, 1.03)
+    axes.set_ylim(0, 1.03)
     figure.savefig(path, dpi=110)
 
 

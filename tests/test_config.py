@@ -17,7 +17,7 @@ from conftest import ROOT, make_model, make_rows, make_tokenizer, start
 from transformers import PreTrainedTokenizerFast
 
 from dpo.collate import DataCollatorForPreference
-from dpo.config import EXAMPLE, LEFT_OUT, DPOConfig, parse_args
+from dpo.config import EXAMPLE, LEFT_OUT, DPOConfig, UserError, parse_args
 from dpo.loop import train
 from dpo.losses import LOSSES, WITH_REFERENCE, dpo_loss
 
@@ -28,39 +28,6 @@ WITHOUT_REFERENCE = [name for name in LOSSES if name not in WITH_REFERENCE]
 NEEDED = "--model_name_or_path m --dataset_name d "
 
 # ------------------------------------------------------------------------------------------ how options are given
-
-# What TRL 1.x and this have alike is as there.
-DEFAULTS = {
-    "model_name_or_path": None, "ref_model_name_or_path": None, "model_revision": "main", "dtype": "float32",
-    "attn_implementation": None, "trust_remote_code": False, "model_init_kwargs": {}, "ref_model_init_kwargs": {},
-    "disable_dropout": True, "gradient_checkpointing": False, "gradient_checkpointing_kwargs": {},
-    "use_peft": False, "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": None,
-    "lora_modules_to_save": None,
-    "dataset_name": None, "dataset_config": None, "dataset_train_split": "train", "dataset_test_split": "test",
-    "eval_dataset_name": None, "skip_bad_rows": False, "max_prompt_length": None, "max_completion_length": None,
-    "max_length": None, "truncation_mode": "keep_end", "padding_value": None, "layout": "auto",
-    "dataset_num_proc": None,
-    "dataloader_num_workers": 0, "dataloader_prefetch_factor": None, "dataloader_drop_last": False, "shuffle": True,
-    "group_by_length": False,
-    "loss_type": "sigmoid", "loss_weights": None, "beta": 0.1, "label_smoothing": 0.0,
-    "f_divergence_type": "reverse_kl", "f_alpha_divergence_coef": 1.0, "reference_free": False, "rpo_alpha": None,
-    "use_weighting": False, "ld_alpha": None, "discopop_tau": 0.05, "simpo_gamma": 0.5, "orpo_lambda": 0.1,
-    "cpo_alpha": 1.0, "dpop_lambda": 50.0, "r_dpo_alpha": 0.01, "chipo_clip": 10.0, "exo_beta_r": 1.0,
-    "sync_ref_model": False, "ref_model_mixup_alpha": 0.9, "ref_model_sync_steps": 64,
-    "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "num_train_epochs": 3.0, "max_steps": -1,
-    "learning_rate": 1e-6, "lr_scheduler_type": "linear", "lr_scheduler_kwargs": {}, "warmup_ratio": 0.0,
-    "warmup_steps": 0, "optim": "adamw_torch", "weight_decay": 0.0, "adam_beta1": 0.9, "adam_beta2": 0.999,
-    "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "bf16": False, "fp16": False, "tf32": None, "torch_compile": False,
-    "torch_compile_backend": None, "torch_compile_mode": None,
-    "output_dir": "dpo-output", "overwrite_output_dir": False, "eval_strategy": "no", "eval_steps": None,
-    "eval_on_start": False, "per_device_eval_batch_size": 8, "generate_during_eval": False, "num_samples": 8,
-    "max_new_tokens": 128, "sample_reward": None, "logging_steps": 10, "report_to": None, "run_name": None,
-    "disable_tqdm": False, "save_strategy": "steps", "save_steps": 500, "save_total_limit": None,
-    "save_only_model": False, "resume_from_checkpoint": None, "load_best_model_at_end": False,
-    "metric_for_best_model": "eval_loss", "greater_is_better": False,
-    "seed": 42, "data_seed": None, "full_determinism": False, "use_cpu": False, "ddp_backend": None,
-    "ddp_timeout": 1800, "ddp_find_unused_parameters": False,
-}  # fmt: skip
 
 # A command line, the text of a YAML file or arguments of DPOConfig; and the options that they set.
 TAKEN = [
@@ -167,7 +134,9 @@ REFUSED = [
     ("--config nowhere.yaml", "nowhere.yaml: No such file"),
     ("beta: [", "is not YAML"),
     ("- beta", "must hold lines"),
-    ("bta: 1", "did you mean --beta?"),
+    ("bta: 1", "did you mean beta?"),
+    ({"bta": 1}, "there is no option bta: did you mean beta?"),
+    ({"max_steps": True}, "max_steps is True: it must be a whole number"),
     ("--beta big", "--beta: invalid float value: 'big'"),
     ("--model_init_kwargs {a", "model_init_kwargs is not JSON"),
     ("--lr_scheduler_kwargs [1]", "lr_scheduler_kwargs must be a JSON object"),
@@ -240,11 +209,6 @@ def test_nonsense_is_refused_in_one_line_that_names_the_option(given, words, tmp
     assert "\n" not in str(caught.value)
 
 
-def test_defaults():
-    options = dataclasses.asdict(DPOConfig())
-    assert options == DEFAULTS
-
-
 def test_the_command_line_wins_over_the_file_and_paths_in_it_are_relative_to_it(tmp_path):
     values = {"model_name_or_path": "./model", "dataset_name": "hub/name", "beta": 0.3, "seed": 7}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
@@ -274,11 +238,17 @@ def test_every_option_has_help():
         assert f.metadata["help"].endswith("."), f.name
 
 
-def test_every_option_of_the_document_is_here_or_left_out_with_a_reason():
+def test_every_option_of_trl_is_here_or_left_out_with_a_reason():
     ours = {f.name for f in dataclasses.fields(DPOConfig)}
-    left_out = {name for names, _ in LEFT_OUT for name in names.split()}
-    assert not ours & left_out
-    assert not set(DOCUMENT.split()) - ours - left_out
+    left_out = [name for names, _ in LEFT_OUT for name in names.split()]
+    trl = {*DOCUMENT.split(), *NEWER.split()}
+    assert not ours & set(left_out) and len(set(left_out)) == len(left_out)
+    assert not trl - ours - set(left_out)
+    page = (ROOT / "tutorials" / "coming_from_trl.md").read_text()
+    assert all(f"`{name}`" in page for name in trl)
+    for name in left_out:
+        with pytest.raises(UserError, match=f"there is no option {name} here: "):
+            DPOConfig(**{name: 1})
 
 
 # The fields of TRL 0.13's DPOConfig, as its documentation lists them.
@@ -309,6 +279,17 @@ truncation_mode max_prompt_length max_completion_length max_length padding_free 
 precompute_ref_batch_size loss_type beta f_divergence_type f_alpha_divergence_coef reference_free label_smoothing
 use_weighting rpo_alpha discopop_tau sync_ref_model ref_model_mixup_alpha ref_model_sync_steps generate_during_eval
 is_encoder_decoder
+"""
+# What TRL 1.16 has beside these, in its DPOConfig, ModelConfig and ScriptArguments.
+NEWER = """
+activation_checkpointing activation_checkpointing_kwargs activation_offloading attn_implementation
+bnb_4bit_quant_storage bnb_4bit_quant_type dataloader_in_order dataloader_multiprocessing_context dataset_config
+dataset_name dataset_streaming dataset_train_split dataset_test_split ddp_static_graph dtype enable_jit_checkpoint
+hub_revision ignore_bias_buffers ld_alpha liger_kernel_config load_in_4bit load_in_8bit loss_weights lora_alpha
+lora_dropout lora_modules_to_save lora_r lora_target_modules lora_target_parameters lora_task_type model_name_or_path
+model_revision pad_to_multiple_of pad_token parallelism_config project router_aux_loss_coef trackio_bucket_id
+trackio_space_id trackio_static_space_id train_sampling_strategy trust_remote_code use_bnb_nested_quant use_cache
+use_dora use_peft use_rslora
 """
 
 
@@ -482,6 +463,7 @@ def test_dataset_options_choose_what_is_trained_and_evaluated_on(model_dir, tmp_
         ({"gradient_accumulation_steps": 2}, 2),
         ({"num_train_epochs": 1.5}, 5),
         ({"num_train_epochs": 1.5, "max_steps": 2}, 2),
+        ({"max_steps": 4}, 4),
         ({"dataloader_drop_last": True}, 2),
     ],
     ids=str,
@@ -562,6 +544,9 @@ def test_a_moved_reference_takes_its_share_of_the_policy(tmp_path):
         moving = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": share}
         row = start(tmp_path / str(share), rows=ROWS, **options, **moving).rows[1]
         assert row["rewards/chosen"] == pytest.approx((1 - share) * still, rel=0.05)
+    hard = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 1.0, "max_steps": 3}
+    rewards = [row["rewards/chosen"] for row in start(tmp_path / "hard", rows=ROWS, **{**options, **hard}).rows]
+    assert [reward != 0 for reward in rewards] == [False, True, False]  # after two steps the reference is the policy
 
 
 @pytest.mark.parametrize(("option", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])

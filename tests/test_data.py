@@ -629,6 +629,7 @@ BAD = {
     "equal": ({**PAIR, "rejected": " blue"}, "columns 'chosen' and 'rejected' are equal"),
     "no-prompt": ({**PAIR, "prompt": ""}, "column 'prompt' is empty and the tokenizer has no BOS"),
     "no-rest": ({"chosen": [USER, BLUE], "rejected": [USER, BLUE, USER, GREEN]}, "column 'chosen' is empty after the"),
+    "no-words": ({"chosen": "the sky", "rejected": "the "}, "column 'rejected' is empty after the shared prompt"),
     "two-kinds": ({**PAIR, "rejected": [BLUE]}, "columns 'chosen' and 'rejected' differ in kind: both must be"),
     "prompt-kind": ({**PAIR, "prompt": [USER]}, "column 'prompt' is a list of messages but 'chosen' is text: make"),
     "no-role": ({**CHAT, "chosen": [without(BLUE, "role")]}, "column 'chosen', message 1 has no 'role'"),

@@ -10,7 +10,7 @@ import transformers
 import yaml
 from conftest import curve, make_model, make_rankings, make_rows, make_tokenizer, read, run, same, start, weights
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from dpo.collate import DataCollatorForPreference
 from dpo.config import DPOConfig
@@ -190,7 +190,9 @@ def test_an_adapter_is_saved_alone_and_trains_on_from_there(tmp_path, model_dir)
 
 def test_the_run_learns_the_preference(tmp_path):
     options = {"num_train_epochs": 3, "learning_rate": 5e-3, "eval_strategy": "epoch", "eval_rows": EVAL_ROWS}
-    last = start(tmp_path, rows=make_rows(96), **options).rows[-1]
+    run_ = start(tmp_path, rows=make_rows(96), **options)
+    last = run_.rows[-1]
+    assert not any(module.training for module in run_.model.modules())  # ready to be used
     assert last["eval_rewards/accuracies"] == 1.0
     assert last["eval_rewards/margins"] > 1 and last["eval_loss"] < 0.4
 
@@ -281,6 +283,9 @@ def test_a_given_reference_is_scored_alike_in_a_run_and_by_evaluate_and_batch_me
 # ---------------------------------------------------------------------------------------------- the caller's own things
 
 
+PROMPT_TUNING = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+
+
 def test_arguments_that_contradict_each_other_are_refused(tmp_path):
     model = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     for options, words in (
@@ -291,16 +296,22 @@ def test_arguments_that_contradict_each_other_are_refused(tmp_path):
         ({"dtype": "bfloat16"}, "dtype does nothing for a model that is loaded already"),
         ({"loss_type": "aot", "rows": [{**ROWS[0], "weight": 2}]}, "aot sorts the batch, weights are of pairs: lea"),
         ({"peft_config": {"r": 2}}, "has an adapter already"),
+        ({"model": make_model(), "peft_config": PROMPT_TUNING}, "prompt learning puts tokens before the text"),
     ):
         with pytest.raises(ValueError, match=words):
-            start(tmp_path, model=model, **options)
+            start(tmp_path, **{"model": model, **options})
 
 
 def test_rows_longer_than_learned_positions_are_refused_in_a_line(tmp_path):
     config = transformers.GPT2Config(vocab_size=400, n_embd=32, n_layer=1, n_head=2, n_positions=12)
     model = transformers.GPT2LMHeadModel(config)
-    with pytest.raises(ValueError, match="tokens, the model has 12 positions: set max_length 12"):
-        start(tmp_path, model=model)
+    short, long = (
+        [{"prompt": "the", "chosen": " sky", "rejected": " sea"}],
+        {"eval_strategy": "epoch", "eval_rows": ROWS},
+    )
+    for options in ({}, {"rows": short, **long}):
+        with pytest.raises(ValueError, match="tokens, the model has 12 positions: set max_length 12"):
+            start(tmp_path, model=model, **options)
     start(tmp_path, model=model, max_length=12, max_steps=1)
 
 

@@ -46,11 +46,20 @@ def test_the_picture_shows_rewards_and_accuracies_of_training_and_evaluation(tmp
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     rows = start(tmp_path, **EVALUATED).rows
-    drawn = {line.get_label(): line.get_xydata().tolist() for axes in figures[0].axes for line in axes.lines}
-    for prefix in ("", "eval_"):
-        for name in ("margins", "chosen", "rejected", "accuracies"):
-            key = f"{prefix}rewards/{name}"
-            assert drawn[prefix + name] == [[row["step"], row[key]] for row in rows if key in row]
+    loss, rewards, accuracy = figures[0].axes
+    for axes, key, name in (
+        (loss, "loss", ""),
+        (rewards, "rewards/margins", "margin, "),
+        (rewards, "rewards/chosen", "chosen, "),
+        (rewards, "rewards/rejected", "rejected, "),
+        (accuracy, "rewards/accuracies", ""),
+    ):
+        drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+        for prefix, where in (("", "train"), ("eval_", "held-out")):
+            key_of = prefix + key
+            assert drawn[name + where] == [[row["step"], row[key_of]] for row in rows if key_of in row]
+    looks = [(line.get_linestyle(), line.get_marker()) for line in rewards.lines]
+    assert len(set(looks)) == len(looks)  # told apart without colour
 
 
 def test_trackers_get_every_row(tmp_path, monkeypatch):
@@ -77,13 +86,18 @@ def test_trackers_get_every_row(tmp_path, monkeypatch):
         start(tmp_path / "c", report_to=["sheet"])
 
 
-def test_the_model_card_tells_the_last_metrics_and_keeps_the_users_tags(tmp_path):
+def test_the_model_card_tells_the_last_metrics_and_keeps_the_users_tags(tmp_path, monkeypatch):
     rows = start(tmp_path, **EVALUATED).rows
     card, first, last = (tmp_path / "README.md").read_text(), rows[0], rows[-2] | rows[-1]
     for key, value in last.items():
         assert f"| {key} | {value:.6g} |" in card
     assert f"{first['loss']:.6g}" not in card
     assert yaml.safe_load(card.split("---")[1])["tags"] == ["dpo"]
+    (tmp_path / "org").mkdir()
+    card = create_model_card(tmp_path, model_name=str(tmp_path / "org"), dataset_name="org/pairs").read_text()
+    assert "base_model" not in card and "Model: `org`" in card and "- org/pairs" in card
+    monkeypatch.chdir(tmp_path)
+    assert "base_model" not in create_model_card(tmp_path, model_name="org").read_text()  # a folder, not the Hub's
     for given, tags in (("mine", ["dpo", "mine"]), (["one", "two"], ["dpo", "one", "two"])):
         head = create_model_card(tmp_path, tags=given).read_text().split("---")[1]
         assert yaml.safe_load(head)["tags"] == tags

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import curve, make_model, make_rows, read, same, start, weights
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from dpo.checkpoint import load_weights, prune_checkpoints
 from dpo.models import load_model
 
 ROWS, EVAL_ROWS = make_rows(24), make_rows(7, seed=1)
@@ -104,6 +106,25 @@ def test_the_best_evaluated_model_is_kept_and_left_even_if_the_run_stopped_after
     assert same(weights(AutoModelForCausalLM.from_pretrained(tmp_path)), second)
 
 
+def test_the_newest_and_the_best_checkpoint_stay_whatever_the_limit(tmp_path):
+    for step in (1, 2, 3):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    prune_checkpoints(tmp_path, limit=1, best=1)
+    assert checkpoints(tmp_path) == {"checkpoint-1", "checkpoint-3"}
+
+
+def test_an_adapter_that_has_a_name_is_loaded_from_its_own_folder(tmp_path):
+    models = []
+    for seed in (1, 2):
+        model, config = make_model(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+        torch.manual_seed(seed)
+        models.append(get_peft_model(model, config, adapter_name="mine"))
+    models[0].save_pretrained(tmp_path)
+    assert not same(weights(models[0]), weights(models[1]))
+    load_weights(tmp_path, models[1])
+    assert same(weights(models[0]), weights(models[1]))
+
+
 def test_an_unknown_metric_for_the_best_model_is_refused_with_those_that_there_are(tmp_path):
     options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
     with pytest.raises(ValueError, match="eval_nonsense.* is not evaluated: choose among eval_loss"):
@@ -145,6 +166,8 @@ def test_an_earlier_run_is_not_overwritten_unless_asked_for_and_then_leaves_noth
     full = start(tmp_path, str(model_dir), max_steps=2, overwrite_output_dir=True).model
     assert not checkpoints(tmp_path) and len(read(tmp_path)) == 2 and not (tmp_path / "samples.jsonl").exists()
     assert same(weights(full), weights(load_model(str(tmp_path))))  # not hidden by the earlier run's adapter
+    start(tmp_path, str(model_dir), max_steps=1, overwrite_output_dir=True, use_peft=True)
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_going_on_from_an_older_checkpoint_keeps_it_and_drops_the_abandoned_ones(tmp_path):
@@ -155,8 +178,10 @@ def test_going_on_from_an_older_checkpoint_keeps_it_and_drops_the_abandoned_ones
     older = str(tmp_path / "checkpoint-2")
     run_until(3, tmp_path, resume_from_checkpoint=older, **options)
     assert checkpoints(tmp_path) == {"checkpoint-1", "checkpoint-2"}
+    (tmp_path / "checkpoint-3.unfinished" / "left").mkdir(parents=True)  # what a killed run was writing
     resumed = start(tmp_path, resume_from_checkpoint=older, **options)
     assert same(weights(resumed.model), weights(whole.model)) and curve(resumed, "step") == [1, 2, 3, 4, 5, 6]
+    assert not (tmp_path / "checkpoint-3" / "left").exists()
 
 
 def test_going_on_in_another_directory_overwrites_a_run_there_only_if_asked_to(tmp_path):

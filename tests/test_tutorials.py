@@ -1,25 +1,45 @@
-"""The tutorials run from top to bottom, and the embedded example, which they make, does what the README says."""
+"""The tutorials run as scripts and as notebooks, their rendered copies are in step, the example is as they made it."""
 
 import json
 import os
+import re
 import subprocess
 import sys
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, make_model, make_tokenizer, run
 
 from dpo.example.reviews import reward
 
-TUTORIALS = ROOT / "tutorials"
+sys.path.insert(0, str(ROOT / "tutorials"))
+import render  # noqa: E402
+
+RENDERED = ROOT / "tutorials" / "rendered"
+ALONE = ["01_one_pair_by_hand", "02_the_loss_derived", "03_the_loop_in_forty_lines", "07_losses"]  # without options
 
 
-def tutorial(name: str, *arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, TUTORIALS / name, *arguments], capture_output=True, text=True, env=environment
-    )
+def script(name: str, *arguments: str, cwd: Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+    command = [sys.executable, ROOT / "tutorials" / f"{name}.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def notebook(name: str, cwd: Path, **defaults: int) -> list[str]:
+    """What each code cell of a tutorial prints in a notebook's kernel, with other defaults of its options."""
+    cells = render.read(name)
+    for option, value in defaults.items():
+        pattern, changed = rf'("--{option}", type=int, default=)\d+', 0
+        for cell in cells.cells:
+            cell.source, number = re.subn(pattern, rf"\g<1>{value}", cell.source)
+            changed += number
+        assert changed == 1, option
+    render.execute(cells, cwd)
+    code = [cell for cell in cells.cells if cell.cell_type == "code"]
+    return ["".join(output.get("text", "") for output in cell.outputs) for cell in code]
 
 
 def test_the_example_is_small_and_consistent():
@@ -35,6 +55,45 @@ def test_the_example_is_small_and_consistent():
         assert chosen > rejected and (chosen, rejected) == (row["score_chosen"], row["score_rejected"])
 
 
+@pytest.mark.parametrize("name", [name for name in render.NAMES if name != "06_shorter_answers"])  # not rendered yet
+def test_a_rendered_copy_has_the_cells_of_its_source_in_order(name):
+    copy = (RENDERED / f"{name}.md").read_text()
+    for cell in render.read(name).cells:
+        source = "\n".join(line.rstrip() for line in cell.source.splitlines())
+        block = f"```python\n{source}\n```" if cell.cell_type == "code" else source
+        assert block in copy, f"python tutorials/render.py {name}"
+        copy = copy[copy.index(block) + len(block) :]
+    pictures = re.findall(r"!\[png\]\((.*)\)", (RENDERED / f"{name}.md").read_text())
+    assert {f"{name}_files/{path.name}" for path in RENDERED.glob(f"{name}_files/*")} == set(pictures)
+
+
+def test_the_loop_in_forty_lines_has_not_more():
+    cells = [cell.source for cell in render.read(ALONE[2]).cells if "loss.backward()" in cell.source]
+    lines = [line for line in cells[0].splitlines() if line.strip()]
+    assert lines.index("policy.train()") < len(lines) and len(lines) <= 40
+
+
+def test_drawing_every_loss(tmp_path):
+    printed = script("07_losses", cwd=tmp_path)
+    assert printed.count("at h = 0") >= 22 and "nan" not in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALONE)
+def test_a_tutorial_prints_as_a_script_and_as_a_notebook_what_its_rendered_copy_shows(name, tmp_path):
+    printed = "".join(notebook(name, tmp_path))
+    assert script(name, cwd=tmp_path).split() == printed.split()
+    copy = (RENDERED / f"{name}.md").read_text()
+    blocks = re.sub(r"```python\n.*?\n```", "", copy, flags=re.S)
+    shown = [line[4:].rstrip() for line in blocks.splitlines() if line.startswith("    ")]
+    lines = [line.rstrip() for line in printed.splitlines() if line.strip()]
+    number = re.compile(r"[-+−]?\d+(?:\.\d+)?(?:e-?\d+)?")
+    for line, wanted in zip(lines, [line for line in shown if line], strict=True):
+        assert number.sub("#", line).split() == number.sub("#", wanted).split()
+        ours, theirs = ([float(n.replace("−", "-")) for n in number.findall(each)] for each in (line, wanted))
+        assert ours == pytest.approx(theirs, rel=0.02, abs=0.02)  # another machine rounds otherwise
+
+
 @pytest.mark.slow
 def test_the_bare_command_trains_the_example(tmp_path):
     done = run("dpo.loop", processes=1, cwd=tmp_path)
@@ -44,42 +103,58 @@ def test_the_bare_command_trains_the_example(tmp_path):
     assert last["eval_samples/policy_reward"] > last["eval_samples/reference_reward"] + 1
     assert "step 100, held-out pairs: loss" in done.stdout and "mean reward of 64 sampled answers" in done.stdout
     assert "python -m dpo.chat --model_name_or_path dpo-example" in done.stderr
-    answer = run(
-        "dpo.chat", "--model_name_or_path", "dpo-example", "--prompt", "Review the western The Glass Fox.", cwd=tmp_path
-    )
+    prompt = ["--prompt", "Review the western The Glass Fox."]
+    answer = run("dpo.chat", "--model_name_or_path", "dpo-example", *prompt, cwd=tmp_path)
     assert len(answer.stdout.split()) > 3
 
 
 @pytest.mark.slow
-def test_tutorials_1_and_2_make_a_model_and_its_pairs(tmp_path):
-    assert "conversations" in tutorial("01_sft_model.py", "--output", str(tmp_path), "--steps", "6")
-    made = tutorial(
-        "02_preference_pairs.py", "--model", str(tmp_path / "model"), "--output", str(tmp_path), "--prompts", "10"
-    )
-    assert "reward" in made
-    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize("as_notebook", [False, True], ids=["script", "notebook"])
+def test_a_model_and_its_pairs_are_made(as_notebook, tmp_path):
+    if as_notebook:
+        assert "conversations" in notebook("04_sft_model", tmp_path, steps=6)[1]
+        assert "reward" in notebook("05_preference_pairs", tmp_path, prompts=10)[-1]
+    else:
+        assert "conversations" in script("04_sft_model", "--steps", "6", cwd=tmp_path)
+        script("05_preference_pairs", "--model", "my-example/model", "--prompts", "10", cwd=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "my-example" / "train.jsonl").read_text().splitlines()]
     assert rows and all(row["score_chosen"] > row["score_rejected"] for row in rows)
+    assert (tmp_path / "my-example" / "model" / "config.json").exists()
 
 
 @pytest.mark.slow
-def test_tutorial_3_pairs_the_shorter_of_two_finished_answers_with_the_longer(tmp_path):
+@pytest.mark.parametrize("as_notebook", [False, True], ids=["script", "notebook"])
+def test_the_shorter_of_two_finished_answers_is_paired_with_the_longer(as_notebook, tmp_path):
     model = make_model()
     model.generation_config.eos_token_id = list(range(2, 400, 12))  # a random model seldom ends by itself
-    model.save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    folders = ["--model", str(tmp_path / "model"), "--output", str(tmp_path / "pairs")]
-    assert "torchrun" in tutorial("03_shorter_answers.py", *folders, "--prompts", "12", "--max_new_tokens", "60")
-    rows = [json.loads(line) for line in (tmp_path / "pairs" / "train.jsonl").read_text().splitlines()]
+    model.save_pretrained(tmp_path / "smollm2")
+    make_tokenizer().save_pretrained(tmp_path / "smollm2")
+    if as_notebook:
+        assert "torchrun" in notebook("06_shorter_answers", tmp_path, prompts=12, max_new_tokens=60)[-1]
+    else:
+        options = ["--prompts", "12", "--max_new_tokens", "60"]
+        assert "torchrun" in script("06_shorter_answers", *options, cwd=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "smollm2-pairs" / "train.jsonl").read_text().splitlines()]
     assert rows and all(row["score_chosen"] > row["score_rejected"] for row in rows)
     assert all(row["chosen"][0] == row["rejected"][0] and row["chosen"][1] != row["rejected"][1] for row in rows)
     done = run(
-        "dpo.loop", "--model_name_or_path", "model", "--dataset_name", "pairs", "--eval_strategy", "epoch",
+        "dpo.loop", "--model_name_or_path", "smollm2", "--dataset_name", "smollm2-pairs", "--eval_strategy", "epoch",
         "--max_steps", "1", "--save_strategy", "no", cwd=tmp_path,
     )  # fmt: skip
     assert "Saved in dpo-output" in done.stderr
 
 
-def test_tutorial_4_draws_every_loss(tmp_path):
-    said = tutorial("04_losses.py", "--output", str(tmp_path / "losses.png"))
-    assert (tmp_path / "losses.png").read_bytes()[:4] == b"\x89PNG"
-    assert said.count("at h = 0") >= 22 and "nan" not in said
+def test_the_snippets_of_the_readme_print_what_it_shows(tmp_path, monkeypatch, capsys):
+    (tmp_path / "dpo").symlink_to(ROOT / "dpo")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    snippets = [
+        (code, shown) for (kind, code), (after, shown) in pairwise(blocks) if (kind, after) == ("python", "text")
+    ]
+    assert len(snippets) == 2
+    for code, shown in snippets:
+        capsys.readouterr()
+        exec(compile(code, "README.md", "exec"), {})
+        words, wanted = (re.findall(r"[^\s()\[\],]+", text) for text in (capsys.readouterr().out, shown))
+        for word, other in zip(words, wanted, strict=True):
+            assert word == other or float(word) == pytest.approx(float(other), abs=2e-3)

