@@ -219,9 +219,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each, in turns")
     parser.add_argument("--learning_rate", type=float, default=1e-6)
     parser.add_argument("--layout", default="padded", help="of our batches")
-    parser.add_argument(
-        "--trl_compact", action="store_true", help="let TRL score completions only, as it does on a GPU"
-    )
+    parser.add_argument("--trl_compact", action="store_true", help="let TRL score completions only, as on a GPU")
     parser.add_argument("--gpu", action="store_true", help="train on the GPU instead of the CPU")
     parser.add_argument("--agreement", action="store_true", help="one batch for eight steps: compare, do not time")
     parser.add_argument("--child", choices=("ours", "trl", "profile"), help=argparse.SUPPRESS)

@@ -149,10 +149,8 @@ def model_dir(tmp_path_factory) -> Path:
 def run(*command: str, processes: int = 0, cwd: Path | None = None, check: bool = True, env: dict | None = None):
     """Runs a module as a user would: `python -m ...`, or `torchrun -m ...` on some processes."""
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"] if processes else []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
-    done = subprocess.run(
-        [sys.executable, "-m", *torchrun, *command], cwd=cwd, capture_output=True, text=True, env=environment
-    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+    done = subprocess.run([sys.executable, "-m", *torchrun, *command], cwd=cwd, capture_output=True, text=True, env=env)
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
     return done

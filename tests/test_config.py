@@ -24,7 +24,6 @@ from dpo.losses import LOSSES, WITH_REFERENCE, dpo_loss
 ROWS = make_rows(19)
 WITHOUT_REFERENCE = [name for name in LOSSES if name not in WITH_REFERENCE]
 
-
 NEEDED = "--model_name_or_path m --dataset_name d "
 
 # ------------------------------------------------------------------------------------------ how options are given

@@ -97,7 +97,7 @@ def test_exo_starts_at_the_divergence_of_equal_chances_from_its_labels(tmp_path)
 def test_what_rankings_cannot_do_is_refused_before_training(tmp_path):
     ranked, scored = make_rankings(8), make_rankings(8, scores=True)
     for rows, options, words in (
-        (ranked, {}, "row 2: it ranks more than two completions, .* choose plackett_luce or exo"),
+        (ranked, {}, "row 2: it ranks more than two completions, .* take plackett_luce or exo"),
         (ranked, {"loss_type": "exo", "exo_beta_r": 2.0}, "exo_beta_r does nothing without scores"),
         (scored, {"loss_type": "exo", "label_smoothing": 0.1}, "label_smoothing does nothing where rows have scores"),
         (scored, {"loss_type": "exo", "eval_strategy": "epoch", "eval_rows": ranked}, "evaluation set one has scores"),

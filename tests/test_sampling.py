@@ -38,9 +38,7 @@ def samples(folder: Path, model=None, **options) -> list[dict]:
 def test_samples_are_the_prompts_with_the_answers_of_policy_and_reference(tmp_path, capsys):
     options = {"num_samples": 5, "max_new_tokens": 3, "per_device_eval_batch_size": 2}
     policy = speaker("blue")  # whose author would have it say each word once
-    policy.generation_config.update(
-        do_sample=True, repetition_penalty=9.0, no_repeat_ngram_size=1, min_p=0.9, num_beams=2
-    )
+    policy.generation_config.update(do_sample=True, repetition_penalty=9.0, no_repeat_ngram_size=1, num_beams=2)
     found = samples(tmp_path, policy, ref_model=speaker("green"), **options)
     printed = capsys.readouterr()
     assert (printed.out + printed.err).count("  prompt     ") == 2 * 3  # the first three, each time

@@ -47,9 +47,8 @@ def kl_to(policy: torch.Tensor, optimum: np.ndarray) -> float:
     return float((p * (np.log(p) - np.log(optimum))).sum(1).max())
 
 
-lbfgs = partial(
-    torch.optim.LBFGS, line_search_fn="strong_wolfe", max_iter=2000, tolerance_grad=1e-12, tolerance_change=0
-)
+precise = {"line_search_fn": "strong_wolfe", "tolerance_grad": 1e-12, "tolerance_change": 0}
+lbfgs = partial(torch.optim.LBFGS, max_iter=2000, **precise)
 
 
 def train(loss_of_log_policy, *, optimizer=lbfgs, steps: int = 1) -> torch.Tensor:

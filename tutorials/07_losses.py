@@ -115,10 +115,8 @@ for axis, (title, setting, _), (losses, slopes) in zip(axes.flat, PANELS, curves
     axis.axvline(0, color="0.75", linewidth=0.8)
     axis.plot(margins, losses, color="black", linewidth=1.8)
     axis.plot(margins, slopes, color="0.5", linewidth=1.6, linestyle="--")
-    axis.set_title(title, fontsize=12, fontweight="bold")
-    label = axis.text(0.96, 0.95, setting, transform=axis.transAxes, ha="right", va="top", fontsize=9, color="0.35")
-    if setting:
-        label.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1})
+    axis.set_title(title, fontsize=11, fontweight="bold", loc="left")
+    axis.set_title(setting, fontsize=8, color="0.35", loc="right")
     axis.set(xlim=(-6, 6), ylim=(-3, 9), xticks=(-4, 0, 4), yticks=(-2, 0, 2, 4, 6, 8))
     axis.spines[["top", "right"]].set_visible(False)
 for axis in axes.flat[len(PANELS) :]:
