@@ -84,8 +84,9 @@ def test_a_tutorial_prints_as_a_script_and_as_a_notebook_what_its_rendered_copy_
     printed = "".join(notebook(name, tmp_path))
     assert script(name, cwd=tmp_path).split() == printed.split()
     copy = (RENDERED / f"{name}.md").read_text()
-    blocks = re.sub(r"```python\n.*?\n```", "", copy, flags=re.S)
-    shown = [line[4:].rstrip() for line in blocks.splitlines() if line.startswith("    ")]
+    for cell in render.read(name).cells:
+        copy = copy.replace("\n".join(line.rstrip() for line in cell.source.splitlines()), "", 1)
+    shown = [line[4:].rstrip() for line in copy.splitlines() if line.startswith("    ")]
     lines = [line.rstrip() for line in printed.splitlines() if line.strip()]
     number = re.compile(r"[-+−]?\d+(?:\.\d+)?(?:e-?\d+)?")
     for line, wanted in zip(lines, [line for line in shown if line], strict=True):
