@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from matplotlib.figure import Figure
 
-METRICS = {  # of metrics.jsonl, in words; every one is the mean over all pairs of all processes since the last row
+METRICS = {  # of metrics.jsonl, in words; losses, rewards and logps are means over all pairs since the last row
     "step": "optimizer steps taken",
     "epoch": "how often that is through the training set",
     "loss": "mean loss of a pair; the sigmoid loss starts at ln 2 = 0.6931",
@@ -91,20 +91,27 @@ PANELS = (
 )
 
 
+def curves_of(rows: list[dict], key: str) -> dict[str, list[tuple]]:
+    """The points (step, value) of a metric, {"train", "held-out" or "held-out NAME": points}. What ends with
+    rewards/margins tells training from evaluations: eval_aux_loss is no loss of an evaluation set named aux."""
+    curves = {}
+    for row in rows:
+        for prefix in [column.removesuffix("rewards/margins") for column in row if column.endswith("rewards/margins")]:
+            of = prefix.removeprefix("eval_").strip("_")
+            where = f"held-out {of}".strip() if prefix else "train"
+            curves.setdefault(where, []).append((row["step"], row[prefix + key]))
+    return curves
+
+
 def plot_rewards(rows: list[dict], path: Path) -> None:
     """The reward graph: loss, rewards and accuracy over the steps, training as lines and held-out pairs as marks."""
     figure = Figure(figsize=(14, 4.6), layout="constrained")  # without pyplot: no screen, and a notebook keeps its own
     for axes, (title, unit, metrics) in zip(figure.subplots(1, 3), PANELS, strict=True):
         for key, (name, line, mark, colour) in metrics.items():
-            for column in dict.fromkeys(column for row in rows for column in row):
-                prefix = column.removesuffix(key)
-                if prefix + key == column and (prefix == "" or prefix.startswith("eval_")):
-                    of = prefix.removeprefix("eval_").strip("_")
-                    where = ("held-out " + of).strip() if prefix else "train"
-                    points = [(row["step"], row[column]) for row in rows if column in row]
-                    style = {"linestyle": "none", "marker": mark} if prefix else {"linestyle": line}
-                    label = f"{name}, {where}".removeprefix(", ")
-                    axes.plot(*zip(*points, strict=True), color=colour, label=label, **style)
+            for where, points in curves_of(rows, key).items():
+                style = {"linestyle": line} if where == "train" else {"linestyle": "none", "marker": mark}
+                label = f"{name}, {where}".removeprefix(", ")
+                axes.plot(*zip(*points, strict=True), color=colour, label=label, **style)
         axes.set(title=title, xlabel="optimizer step", ylabel=unit)
         axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
         axes.grid(alpha=0.3)

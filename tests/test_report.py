@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from dpo.config import DPOConfig, parse_args
 from dpo.loop import create_model_card, train
+from dpo.report import METRICS, plot_rewards
 
 ROWS = make_rows(19)
 EVALUATED = {"rows": ROWS, "eval_rows": ROWS[:7], "eval_strategy": "epoch", "learning_rate": 1e-2}
@@ -60,6 +61,10 @@ def test_the_picture_shows_rewards_and_accuracies_of_training_and_evaluation(tmp
             assert drawn[name + where] == [[row["step"], row[key_of]] for row in rows if key_of in row]
     looks = [(line.get_linestyle(), line.get_marker()) for line in rewards.lines]
     assert len(set(looks)) == len(looks)  # told apart without colour
+    with_aux = [row | {prefix + "aux_loss": 9.0 for prefix in ("", "eval_") if prefix + "loss" in row} for row in rows]
+    plot_rewards(with_aux, tmp_path / "aux.png")
+    assert [line.get_label() for line in figures[1].axes[0].lines] == ["train", "held-out"]
+    assert {key.removeprefix("eval_") for row in rows for key in row} <= METRICS.keys()
 
 
 def test_trackers_get_every_row(tmp_path, monkeypatch):

@@ -22,10 +22,8 @@ MADE = "*Made from the code by `python tutorials/tables.py`.*\n"
 
 def table(header: str, rows: list[tuple]) -> str:
     """A Markdown table; a bar inside a cell is escaped."""
-    lines = [header, re.sub(r"[^|]+", "---", header)]
-    return (
-        "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]) + "\n"
-    )
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([header, re.sub(r"[^|]+", "---", header), *lines]) + "\n"
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
