@@ -7,7 +7,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from dpo.collate import padded_batch
-from dpo.distributed import World
+from dpo.distributed import World, ignore_signals
 
 
 def epoch_windows(
@@ -66,6 +66,7 @@ def load_windows(
         batch_sampler=[micro[world.rank] or [0] for window in windows for micro in window],
         collate_fn=collator,
         num_workers=num_workers,
+        worker_init_fn=ignore_signals,
         prefetch_factor=prefetch_factor,
         pin_memory=world.device.type == "cuda",
         generator=torch.Generator(),  # its workers' seed would else be drawn from the numbers that dropout uses

@@ -1,5 +1,7 @@
 """checkpoint-N/: the model after N steps and all that a run needs to go on as if it had never stopped."""
 
+import logging
+import math
 import random
 import shutil
 from collections import defaultdict
@@ -10,7 +12,10 @@ import numpy as np
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
+from dpo import files
 from dpo.distributed import World, barrier, unwrap
+
+logger = logging.getLogger("dpo")
 
 
 @dataclass
@@ -43,9 +48,19 @@ class TrainingState:
 
 def save_model(directory: Path, world: World, model: torch.nn.Module, processing_class) -> None:
     """The model (safetensors; an adapter alone for PEFT) and its tokenizer, loadable with from_pretrained. Every
-    process takes part; the first one writes."""
+    process takes part; the first one writes. Raises: ValueError if a weight is not finite: it would be saved as if it
+    were good."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise ValueError(f"the weights of {name} are not finite: lower learning_rate")
     if world.rank == 0:
         model.save_pretrained(directory)
+        adapter = getattr(model, "active_adapter", None)
+        if isinstance(model, PeftModel) and (directory / adapter).is_dir():
+            # PEFT puts an adapter that has a name into a folder of its own, where nothing looks for it.
+            for path in (directory / adapter).iterdir():
+                path.rename(directory / path.name)
+            (directory / adapter).rmdir()
         processing_class.save_pretrained(directory)
     barrier(world)
 
@@ -53,27 +68,19 @@ def save_model(directory: Path, world: World, model: torch.nn.Module, processing
 def save_checkpoint(
     directory: Path, world: World, *, model, processing_class, state, stateful: dict, same_run: dict, only_model: bool
 ) -> None:
-    """Writes checkpoint-N under another name and renames it when all of it is there: what has this name is whole.
+    """Writes checkpoint-N, whole or not at all (see `files.written_aside`).
 
     Args: state, this process's; stateful, the optimizer and whatever else has a state_dict, by name; same_run, what a
     run must have in common with this one to go on from here; only_model, save nothing of these.
     """
-    unfinished = directory.with_name(directory.name + ".unfinished")
-    if world.rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    save_model(unfinished, world, model, processing_class)
-    if not only_model:
-        if world.rank == 0:
-            states = {key: each.state_dict() for key, each in stateful.items()}
-            torch.save({"same_run": same_run, **states}, unfinished / "state.pt")
-        rank_state = {"state": state.state_dict(), "random": _random_states()}
-        torch.save(rank_state, unfinished / f"rank-{world.rank}.pt")
-    barrier(world)
-    if world.rank == 0:
-        shutil.rmtree(directory, ignore_errors=True)
-        unfinished.rename(directory)
-    barrier(world)
+    with files.written_aside(directory, world) as unfinished:
+        save_model(unfinished, world, model, processing_class)
+        if not only_model:
+            if world.rank == 0:
+                states = {key: each.state_dict() for key, each in stateful.items()}
+                torch.save({"same_run": same_run, **states}, unfinished / "state.pt")
+            rank_state = {"state": state.state_dict(), "random": _random_states()}
+            torch.save(rank_state, unfinished / f"rank-{world.rank}.pt")
 
 
 def load_checkpoint(
@@ -126,33 +133,68 @@ def _set_random_states(states: dict) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-# ------------------------------------------------------------------------------------------------- files of output_dir
+# ------------------------------------------------------------------------------------------- the checkpoints of a run
 
 
 def checkpoints(output_dir: Path) -> dict[int, Path]:
-    """The whole checkpoints of a run by their steps, oldest first."""
+    """The checkpoints that runs wrote to output_dir, by their steps, oldest first. What else has such a name is none:
+    it is never deleted, and counts for nothing."""
     names = {path.name.removeprefix("checkpoint-"): path for path in output_dir.glob("checkpoint-*")}
-    return {step: names[str(step)] for step in sorted(int(name) for name in names if name.isdigit())}
+    numbers = sorted(int(name) for name in names if name.isdigit())
+    return {step: names[str(step)] for step in numbers if (names[str(step)] / files.MANIFEST).is_file()}
 
 
 def find_checkpoint(wanted: str | None, output_dir: Path, *, overwrite: bool) -> Path | None:
-    """resume_from_checkpoint's value as a directory: true is the newest one in output_dir.
+    """resume_from_checkpoint's value as a directory whose files are all as they were written; None to start anew.
 
-    Raises: ValueError if there is none, or if output_dir holds another run and must not be overwritten.
+    true is the newest such one in output_dir. Where there is none yet the run starts from its beginning, so that one
+    command line serves a first start and every restart. A damaged or a stray one is passed over with a word.
+    Raises: ValueError if there is no such checkpoint, if all are damaged, or if output_dir holds another run.
     """
-    found = checkpoints(output_dir)
-    resume = None if wanted is None else Path(wanted)
-    if str(wanted).lower() == "true":
-        if not found:
-            raise ValueError(f"resume_from_checkpoint: there is no checkpoint in {output_dir}")
-        resume = found[max(found)]
-    if resume is not None and not resume.is_dir():
+    run, by_itself = files.run_in(output_dir), str(wanted).lower() == "true"
+    resume = None if wanted is None or by_itself else Path(wanted)
+    if by_itself:
+        resume = newest_whole(output_dir)
+        if resume is None and run and run["status"] == "finished":
+            done = f"output_dir {output_dir} holds a finished run of {run['step']} steps without a checkpoint"
+            raise ValueError(f"{done}: there is nothing to resume; replace it with overwrite_output_dir")
+    elif resume is not None and not resume.is_dir():
         raise ValueError(f"resume_from_checkpoint: there is no directory {wanted}")
-    goes_on_here = resume is not None and resume.parent.resolve() == output_dir.resolve()
-    if not (goes_on_here or overwrite) and (found or (output_dir / "metrics.jsonl").exists()):
+    elif resume is not None and (problem := files.problem_of(resume)):
+        raise ValueError(f"resume_from_checkpoint {resume} is damaged ({problem}): take another, or true")
+    goes_on_here = by_itself or (resume is not None and resume.parent.resolve() == output_dir.resolve())
+    if not (goes_on_here or overwrite) and (run or checkpoints(output_dir)):
+        status = f"a {run['status']} run, step {run['step']} of {run['steps']}" if run else "a run"
+        status = status.replace("training", "stopped")
         ways = "go on with it (--resume_from_checkpoint true) or replace it (--overwrite_output_dir)"
-        raise ValueError(f"output_dir {output_dir} holds a run: name another, {ways}")
+        raise ValueError(f"output_dir {output_dir} holds {status}: name another, {ways}")
     return resume
+
+
+def newest_whole(output_dir: Path) -> Path | None:
+    """The newest checkpoint that a run can go on from and that is as it was written; names those passed over."""
+    ours, damaged = checkpoints(output_dir), []
+    for path in sorted(output_dir.glob("checkpoint-*"), key=lambda path: path.name):
+        if path not in ours.values() and ".other-" not in path.name:
+            logger.warning("%s is no checkpoint of a run: passed over", path)
+    for path in reversed(ours.values()):
+        if problem := files.problem_of(path):
+            logger.warning("%s is damaged (%s): passed over", path, problem)
+            damaged.append(path.name)
+        elif not (path / "state.pt").exists():
+            logger.warning("%s has the model only (save_only_model): passed over", path)
+        else:
+            return path
+    if damaged:
+        ways = "remove them to start from the beginning"
+        raise ValueError(f"resume_from_checkpoint: {', '.join(damaged)} in {output_dir} are damaged: {ways}")
+    return None
+
+
+def last_good(output_dir: Path) -> str:
+    """Words that name the newest checkpoint, for the message of a run that stops."""
+    found = checkpoints(output_dir)
+    return f"the last good checkpoint is {found[max(found)]}" if found else "there is no checkpoint"
 
 
 def prune_checkpoints(output_dir: Path, limit: int | None, best: int | None) -> None:
@@ -170,18 +212,15 @@ def better_of(best: dict | None, row: dict, *, metric: str, greater: bool) -> di
         raise ValueError(f"metric_for_best_model {metric!r} is not evaluated: choose among {known}")
     value = row[metric]
     is_better = best is None or (value > best["value"] if greater else value < best["value"])
+    is_better = is_better and math.isfinite(value)
     return {"step": row["step"], "value": value} if is_better else best
 
 
 def clear_output(output_dir: Path, *, step: int) -> None:
-    """Makes output_dir, and removes what an earlier run left there that could be taken for this one's: the checkpoints
-    beyond the step that it goes on from; all of them, metrics, samples and weights where it starts anew, at step 0."""
-    output_dir.mkdir(parents=True, exist_ok=True)
+    """Removes what an earlier run left in output_dir that could be taken for this one's: the checkpoints beyond the
+    step that it goes on from; everything, where it starts anew, at step 0. What no run wrote stays."""
     for number, path in checkpoints(output_dir).items():
-        if number > step:
+        if number > step or step == 0:
             shutil.rmtree(path)
-    patterns = ("metrics.jsonl", "samples.jsonl", "adapter_*", "model*.safetensors*") if step == 0 else ()
-    for path in [path for pattern in patterns for path in output_dir.glob(pattern)]:
-        path.unlink()
-    for path in output_dir.glob("checkpoint-*.unfinished") if step == 0 else ():
-        shutil.rmtree(path)
+    if step == 0:
+        files.clear_run(output_dir)

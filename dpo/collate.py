@@ -36,7 +36,8 @@ class DataCollatorForPreference:
         """Rows with prompt_input_ids, chosen_input_ids and rejected_input_ids to those keys as (B, P), (B, C), (B, R)
         int64 tensors, each with its X_attention_mask of zeros and ones. Where a row's rejected_input_ids are several
         lists, rejected is (B, K−1, R), all padding where a row has fewer. The rows' numbers come with them where there
-        are any: margins and weights (B,) float32, scores (B, K). Other keys of a row are ignored."""
+        are any: margins and weights (B,) float32, scores (B, K); and scored, (K·B, width) bool, chosen first, where a
+        row says which of its completions' tokens are. Other keys of a row are ignored."""
         batch = {}
         for part in ("prompt", "chosen", "rejected"):
             rows = [row[f"{part}_input_ids"] for row in features]
@@ -49,11 +50,22 @@ class DataCollatorForPreference:
             padded["attention_mask"] = pad([torch.ones_like(row) for row in rows], 0, left=part == "prompt")
             for key, value in padded.items():
                 batch[f"{part}_{key}"] = value.unflatten(0, (len(features), most)) if several else value
+        if any(row.get("scored") for row in features):  # else all of each completion is
+            masks = [row["scored"] or [[True] * len(ids) for ids in completions_of(row)] for row in features]
+            most = max(map(len, masks))
+            ranks = [[mask[rank] if rank < len(mask) else [] for mask in masks] for rank in range(most)]
+            batch["scored"] = pad([torch.tensor(mask, dtype=torch.bool) for rank in ranks for mask in rank], 0)
         for column, name in NUMBERS.items():
             if column in features[0]:
                 values = [torch.tensor(row[column], dtype=torch.float32) for row in features]
                 batch[name] = pad(values, 0) if column == "scores" else torch.stack(values)
         return batch if self.layout == "plain" else padded_batch(batch, self.pad_token_id)
+
+
+def completions_of(row: dict) -> list[list[int]]:
+    """The token ids of a row's completions, best first."""
+    rejected = row["rejected_input_ids"]
+    return [row["chosen_input_ids"], *(rejected if rejected and isinstance(rejected[0], list) else [rejected])]
 
 
 def pad(rows: list[torch.Tensor], value: int, *, left: bool = False) -> torch.Tensor:
@@ -91,7 +103,7 @@ def padded_batch(batch: dict[str, torch.Tensor], padding_value: int = 0) -> dict
         inputs: what goes into the model: input_ids and attention_mask (S, T) int64, and logits_to_keep (S, T) bool, the
             positions whose next token belongs to a completion; M of them.
         targets: (M,) int64, those next tokens; owner: (M,) int64, the sequence (0 … K·B−1, chosen first) of each.
-        lengths: (K·B,) int64, completion tokens; tokens: (B,) int64, what the model reads of each row.
+        lengths: (K·B,) int64, completion tokens that are scored; tokens: (B,) int64, what the model reads of each row.
         and the numbers of the rows, as they are: weights, margins, scores. Needs: concatenated_inputs.
     """
     joined = concatenated_inputs(batch, padding_value)
@@ -101,7 +113,11 @@ def padded_batch(batch: dict[str, torch.Tensor], padding_value: int = 0) -> dict
         torch.cat([joined[f"prompt_{key}"], joined[f"completion_{key}"]], dim=1)[present]
         for key in ("input_ids", "attention_mask")
     )
-    completion = F.pad(joined["completion_attention_mask"][present], (joined["prompt_input_ids"].shape[1], 0))
+    scored = joined["completion_attention_mask"]
+    if "scored" in batch:  # (K·B, width): of several turns only the assistant's
+        scored = scored * F.pad(batch["scored"], (0, scored.shape[1] - batch["scored"].shape[1]))
+        lengths = scored.sum(dim=1)
+    completion = F.pad(scored[present], (joined["prompt_input_ids"].shape[1], 0))
     # A stable sort by "is padding" moves the tokens to the left and keeps their order.
     order = torch.argsort(mask, dim=1, descending=True, stable=True)[:, : int(mask.sum(dim=1).max())]
     ids, mask, completion = ids.gather(1, order), mask.gather(1, order), completion.gather(1, order)
@@ -114,5 +130,5 @@ def padded_batch(batch: dict[str, torch.Tensor], padding_value: int = 0) -> dict
         "owner": present[keep.nonzero()[:, 0]],
         "lengths": lengths,
         "tokens": read.unflatten(0, (-1, len(batch["prompt_input_ids"]))).sum(0),
-        **{name: batch[name] for name in batch if not name.startswith(("prompt_", "chosen_", "rejected_"))},
+        **{name: batch[name] for name in batch if not name.startswith(("prompt_", "chosen_", "rejected_", "scored"))},
     }

@@ -22,6 +22,14 @@ EXAMPLE = Path(__file__).parent / "example" / "config.yaml"
 SCHEDULES = " ".join(kind.value for kind in SchedulerType)
 ADAMW = "adamw_torch adamw_8bit paged_adamw_8bit"
 Json, Words = dict | str | None, list[str] | None  # types of options
+EVALUATES, SAVES = "eval_strategy steps epoch", "save_strategy steps epoch"  # what options need
+SEED = {"least": 0, "most": 2**32 - 1}
+
+
+KWARGS = (
+    "model_init_kwargs ref_model_init_kwargs gradient_checkpointing_kwargs lr_scheduler_kwargs chat_template_kwargs"
+)
+KWARGS = KWARGS.split()
 
 
 class UserError(ValueError):
@@ -47,7 +55,7 @@ class DPOConfig:
     attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2, ...; by default the model's own.")
     trust_remote_code: bool = option(False, "Run Python code that comes with the model. Only for authors you trust.")
     model_init_kwargs: Json = option(None, "More arguments of the policy's from_pretrained, as JSON.")
-    ref_model_init_kwargs: Json = option(None, "The same for ref_model_name_or_path.")
+    ref_model_init_kwargs: Json = option(None, "The same for a reference model that is loaded by name.")
     disable_dropout: bool = option(True, "Switch off dropout in policy and reference, so that rewards start at 0.")
     gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, more time.")
     gradient_checkpointing_kwargs: Json = option(None, "More arguments of it, as JSON.", needs="gradient_checkpointing")
@@ -62,19 +70,21 @@ class DPOConfig:
     dataset_name: str | None = option(None, "Preference pairs: Hub name, local file or directory.")
     dataset_config: str | None = option(None, "Configuration (subset) of a dataset that has several.")
     dataset_train_split: str = option("train", "Split to train on.")
-    dataset_test_split: str = option("test", "Split of dataset_name to evaluate on, where eval_strategy is not no.")
+    dataset_test_split: str = option("test", "Split to evaluate on.", needs=EVALUATES)
     eval_dataset_name: Json = option(None, "Another dataset to evaluate on, or a JSON object of several.")
     skip_bad_rows: bool = option(False, "Leave out rows that are not preference pairs instead of stopping.")
+    chat_template_kwargs: Json = option(None, "More arguments of the chat template, as JSON; a row may have its own.")
+    show_rows: int = option(0, "Print so many rows as they will be trained, scored tokens marked.", least=0)
     max_prompt_length: int | None = option(None, "Longer prompts are cut.", least=1)
     max_completion_length: int | None = option(None, "Longer completions lose their end.", least=1)
     max_length: int | None = option(None, "The same for prompt and completion together.", least=2)
     truncation_mode: str = option("keep_end", "What stays of a cut prompt.", choices="keep_end keep_start")
     padding_value: int | None = option(None, "Token id to pad with; by default the tokenizer's.", least=0)
     layout: str = option("auto", "How batches look; auto takes padded, exact for every model.", choices="auto padded")
-    dataset_num_proc: int | None = option(None, "Processes that tokenise the dataset.")
+    dataset_num_proc: int | None = option(None, "Processes that tokenise the dataset.", least=1)
     dataloader_num_workers: int = option(0, "Processes that make batches ready.", least=0)
     dataloader_prefetch_factor: int | None = option(
-        None, "Batches that each keeps ready.", needs="dataloader_num_workers"
+        None, "Batches that each keeps ready.", least=1, needs="dataloader_num_workers"
     )
     dataloader_drop_last: bool = option(False, "Leave out the last, smaller batch of an epoch.")
     shuffle: bool = option(True, "Train in another random order each epoch; false keeps the dataset's order.")
@@ -107,7 +117,9 @@ class DPOConfig:
     per_device_train_batch_size: int = option(8, "Pairs (or rankings) in one forward pass of one process.", least=1)
     gradient_accumulation_steps: int = option(1, "Forward and backward passes per optimizer step.", least=1)
     num_train_epochs: float = option(3.0, "Passes over the training set; a fraction will do.", above=0)
-    max_steps: int = option(-1, "Stop after so many optimizer steps, whatever num_train_epochs says; -1 for no limit.")
+    max_steps: int = option(
+        -1, "Stop after so many optimizer steps, whatever num_train_epochs says; -1 for no limit.", least=-1
+    )
     learning_rate: float = option(1e-6, "Peak learning rate.", least=0)
     lr_scheduler_type: str = option("linear", "A scheduler of transformers.", choices=SCHEDULES)
     lr_scheduler_kwargs: Json = option(None, "Its further arguments, as JSON.")
@@ -139,20 +151,24 @@ class DPOConfig:
     sample_reward: str | None = option(None, "module:function(prompt, answer) -> float.", needs="generate_during_eval")
     logging_steps: float = option(10, "Steps between metrics rows; below 1 a share of all.", above=0)
     report_to: Words = option(None, "Where metrics go besides metrics.jsonl: tensorboard, wandb, trackio.")
-    run_name: str | None = option(None, "Name of the run in trackers; by default output_dir's.")
+    run_name: str | None = option(None, "Name of the run in trackers; by default output_dir's.", needs="report_to")
     disable_tqdm: bool = option(False, "No progress bar.")
     save_strategy: str = option("steps", "When to write checkpoints.", choices="no steps epoch")
-    save_steps: float = option(500, "Every so many steps; below 1 a share of all.", above=0)
-    save_total_limit: int | None = option(None, "Checkpoints to keep: the newest, and the best.", least=1)
-    save_only_model: bool = option(False, "Checkpoints without optimizer state: smaller, cannot be resumed from.")
-    resume_from_checkpoint: str | None = option(None, "Go on from this checkpoint-N; true is the newest in output_dir.")
+    save_steps: float = option(
+        500, "Every so many steps; below 1 a share of all.", above=0, needs="save_strategy steps"
+    )
+    save_total_limit: int | None = option(None, "Checkpoints to keep: the newest, and the best.", least=1, needs=SAVES)
+    save_only_model: bool = option(False, "Checkpoints without optimizer state: not to be resumed from.", needs=SAVES)
+    resume_from_checkpoint: str | None = option(
+        None, "Go on from this checkpoint-N; true is the newest in output_dir, or the beginning where there is none."
+    )
     load_best_model_at_end: bool = option(False, "Leave the best evaluated checkpoint's model, not the last.")
     metric_for_best_model: str | None = option("eval_loss", "Metric that tells the best; with or without eval_.")
     greater_is_better: bool | None = option(None, "By default true unless the metric's name ends with loss.")
 
     # ---- machine
-    seed: int = option(42, "Of new weights, dropout and, unless data_seed is set, the order of the data.")
-    data_seed: int | None = option(None, "Of the order of the data.")
+    seed: int = option(42, "Of new weights, dropout and, unless data_seed is set, the order of the data.", **SEED)
+    data_seed: int | None = option(None, "Of the order of the data.", needs="shuffle", **SEED)
     full_determinism: bool = option(False, "Only deterministic kernels: runs repeat bit by bit on a GPU, slower.")
     use_cpu: bool = option(False, "Stay on the CPU, even where there is a GPU.")
     ddp_backend: str | None = option(None, "nccl or gloo; by default nccl on GPUs, gloo on CPUs.")
@@ -178,9 +194,8 @@ class DPOConfig:
             self.report_to = None
         if self.lora_target_modules == ["all-linear"]:
             self.lora_target_modules = "all-linear"
-        for name in ("model_init_kwargs", "ref_model_init_kwargs", "gradient_checkpointing_kwargs"):
+        for name in KWARGS:
             setattr(self, name, getattr(self, name) or {})
-        self.lr_scheduler_kwargs = self.lr_scheduler_kwargs or {}
         if str(self.resume_from_checkpoint).lower() == "false":
             self.resume_from_checkpoint = None
         self.metric_for_best_model = f"eval_{(self.metric_for_best_model or 'loss').removeprefix('eval_')}"
@@ -201,8 +216,11 @@ class DPOConfig:
             choices, needs = each.metadata["choices"], each.metadata["needs"].split()
             if choices and value not in choices:
                 raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
-            if isinstance(value, int | float):
-                _check_bounds(name, value, **each.metadata["bounds"])
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int | float):
+                    _check_bounds(name, number, **each.metadata["bounds"])
+            if value == "":
+                raise ValueError(f"{name} is empty: give it a value, or leave it out")
             if value in (each.default, {}):
                 continue
             if needs and not (getattr(self, needs[0]) in needs[1:] if needs[1:] else getattr(self, needs[0])):
@@ -223,9 +241,26 @@ class DPOConfig:
         evaluation = self.eval_on_start or self.generate_during_eval or self.eval_dataset_name
         unlike, accumulates = self.eval_strategy != self.save_strategy, self.gradient_accumulation_steps > 1
         ld, best = self.ld_alpha is not None, self.load_best_model_at_end
+        warms_up, limits = self.warmup_steps or self.warmup_ratio, (self.max_length, self.max_prompt_length)
+        eval_steps = self.eval_steps or self.logging_steps
+        apart = self.eval_strategy == "steps" and min(eval_steps, self.save_steps) >= 1 and self.save_steps % eval_steps
         return [
             (self.bf16 and self.fp16, "bf16 and fp16 exclude each other: keep one"),
-            (self.fp16 and self.dtype == "float16", "fp16 needs weights of a wider dtype: leave dtype at float32"),
+            (self.fp16 and self.dtype in ("float16", "bfloat16"), "fp16 needs float32 weights: leave out dtype"),
+            (self.max_steps == 0, "max_steps is 0: it must be at least 1, or -1 for no limit"),
+            (
+                schedule == "constant" and warms_up,
+                "lr_scheduler_type constant has no warm-up: constant_with_warmup has",
+            ),
+            (
+                self.truncation_mode != "keep_end" and limits == (None, None),
+                "truncation_mode does nothing without max_length or max_prompt_length: add one, or leave it out",
+            ),
+            (
+                "torch_dtype" in self.model_init_kwargs | self.ref_model_init_kwargs,
+                "torch_dtype in model_init_kwargs or ref_model_init_kwargs: write dtype",
+            ),
+            (best and apart, "load_best_model_at_end needs save_steps that are a multiple of eval_steps"),
             (not refers and sync, f"loss_type {named} has no reference: leave out sync_ref_model"),
             (not refers and other, f"loss_type {named} has no reference: leave out ref_model_name_or_path"),
             (self.reference_free and other, "reference_free runs no reference: leave out ref_model_name_or_path"),
@@ -242,10 +277,10 @@ class DPOConfig:
 
 def _check_bounds(name: str, value: float, *, least=-math.inf, most=math.inf, above=-math.inf, below=math.inf) -> None:
     for inside, words in (
-        (not math.isnan(value), "a number"),
+        (math.isfinite(value), "a finite number"),
         (value >= least, f"at least {least}"),
         (value <= most, f"at most {most}"),
-        (above == -math.inf or above < value < math.inf, f"above {above}, and finite"),
+        (value > above, f"above {above}"),
         (below == math.inf or value < below, f"below {below}"),
     ):
         if not inside:
@@ -262,8 +297,11 @@ def _typed(name: str, value, hint):
             return value if isinstance(value, dict) else _parse_json(name, value)
         for kind in kinds:
             if isinstance(kind, types.GenericAlias) and (isinstance(value, list | tuple) or str not in kinds):
-                items = value if isinstance(value, list | tuple) else str(value).split(",")
-                return [kind.__args__[0](item) for item in items]
+                items = value if isinstance(value, list | tuple) else [value]
+                if not all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in items):
+                    raise TypeError
+                items = [word.strip() for item in items for word in str(item).split(",")]
+                return [kind.__args__[0](item) for item in items if item]
         if str in kinds and isinstance(value, str | Path | int | float):
             return str(value).lower() if isinstance(value, bool) else str(value)
         if bool in kinds:
@@ -392,9 +430,16 @@ def _explain_unknown(option: str) -> str:
 def read_config(path: Path) -> dict:
     """The options of a YAML file. An option without a value has its default."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise UserError(f"--config {path} has an alias (*name): write the value out")  # they can nest without end
+        values = yaml.safe_load(text) or {}
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path} is not UTF-8 (byte {error.start + 1}): save it as UTF-8") from error
+    except RecursionError as error:
+        raise UserError(f"--config {path} is nested too deeply: write lines of the form name: value") from error
     except yaml.YAMLError as error:
         raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):

@@ -1,7 +1,12 @@
 """One process or many: torchrun's variables become a World, and the loop's few collectives work on both."""
 
+import ctypes
 import datetime
 import os
+import signal
+import sys
+import threading
+import time
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -25,6 +30,9 @@ def setup(*, use_cpu: bool = False, backend: str | None = None, timeout: int = 1
     size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     gpu = torch.cuda.is_available() and not use_cpu
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1  # prctl's; when torchrun is gone, nobody would stop this process
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if gpu:
         torch.cuda.set_device(device)
     if size > 1 and not dist.is_initialized():
@@ -103,6 +111,44 @@ def gather_lists(values: list, world: World) -> list:
 def from_first(value, world: World):
     """The first process's value, in all of them."""
     return gather_lists([value], world)[0]
+
+
+@contextmanager
+def noted_signals():
+    """Inside, SIGTERM, SIGHUP and Ctrl-C are noted instead of obeyed: the list that it yields gets the signal's number.
+    A second one, later than torchrun's passing on of the first, ends the process at once."""
+    noted, noted_at = [], 0.0
+
+    def note(number, _frame):
+        nonlocal noted_at
+        if noted and time.monotonic() - noted_at > 1.0:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        noted_at = noted_at if noted else time.monotonic()
+        noted.append(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def agree(noted: list[int], world: World) -> int:
+    """The signal that any process has noted, in all of them; 0 for none."""
+    number = torch.tensor(noted[0] if noted else 0, device=world.device)
+    if world.size > 1:
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return int(number)
+
+
+def ignore_signals(_worker: int = 0) -> None:
+    """For the loader's workers, which get a terminal's Ctrl-C, too: they end when the process that they serve does."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def barrier(world: World) -> None:

@@ -7,10 +7,12 @@ train_step, get_batch_loss_metrics; the equation is in the first lines of losses
 
 import logging
 import math
+import signal
 import sys
 import time
 from collections import defaultdict
 from contextlib import nullcontext
+from functools import partial
 
 import datasets
 import torch
@@ -18,7 +20,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import EvalPrediction
 
-from dpo import checkpoint, distributed, report, sampling
+from dpo import checkpoint, distributed, files, report, sampling
 from dpo.batches import epoch_windows, load_windows
 from dpo.checkpoint import TrainingState
 from dpo.collate import padded_batch
@@ -26,7 +28,7 @@ from dpo.config import DPOConfig, UserError, parse_args
 from dpo.distributed import World, gather_pairs, synchronize_gradients
 from dpo.logprobs import concatenated_forward
 from dpo.losses import OVER_THE_BATCH, dpo_loss
-from dpo.prepare import Run, checkpointed, loss_names, loss_options, plan_epoch, prepare, user_errors
+from dpo.prepare import Run, checkpointed, loss_names, loss_options, note_files, plan_epoch, prepare, user_errors
 from dpo.reference import Reference
 from dpo.report import create_model_card
 from dpo.sampling import generate_from_model_and_ref
@@ -84,7 +86,7 @@ def train(
                 evaluate_sets(run, is_saved=saves)
                 run.model.train()
             if saves:
-                save(run)
+                save(run, only_model=run.args.save_only_model)
             started = time.perf_counter()
     finish(run)
     return run
@@ -107,9 +109,7 @@ def train_step(run: Run, micro_batches: list[dict], pairs_in_step: int) -> dict[
         if state.step == 0 and number == 1 and run.starts_equal:
             check_rewards_are_zero(metrics, args=args)
 
-    run.scaler.unscale_(run.optimizer)
-    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained, args.max_grad_norm or math.inf)
+    grad_norm = clip_gradient(run, micro_batches)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.scheduler.step()
@@ -222,6 +222,22 @@ def check_rewards_are_zero(metrics: dict[str, torch.Tensor], *, args: DPOConfig)
         raise UserError(f"policy and reference differ by {nats:.3g} nats before the first step: {why}")
 
 
+def clip_gradient(run: Run, micro_batches: list[dict]) -> torch.Tensor:
+    """Scales the gradient down to max_grad_norm, and returns its norm before that. One that is not finite stops the run
+    while the weights are still good (float16's scaler leaves such a step out by itself)."""
+    run.scaler.unscale_(run.optimizer)
+    trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained, run.args.max_grad_norm or math.inf)
+    if not run.args.fp16 and not torch.isfinite(grad_norm):
+        indices = distributed.gather_lists([i for batch in micro_batches for i in batch["index"].tolist()], run.world)
+        rows = "; ".join(run.train_rows[i]["source"] for i in sorted(indices)[:8] if i >= 0)
+        rows += "; ..." if len(indices) > 8 else ""
+        what = f"the gradient's norm is {float(grad_norm)} at step {run.state.step + 1} ({rows})"
+        how = "nothing was changed: lower learning_rate or beta, or look at the rows"
+        raise UserError(f"{what}: {how}; {checkpoint.last_good(run.output_dir)}")
+    return grad_norm
+
+
 def autocast(args: DPOConfig, world: World):
     """Mixed precision for policy and reference alike, in training, evaluation and sampling."""
     if not (args.bf16 or args.fp16):
@@ -300,11 +316,17 @@ def evaluate_sets(run: Run, *, is_saved: bool = False) -> None:
 
 
 def rest_of_epoch(run: Run):
-    """From where the run stands to the end of its epoch, or of the run, each window's number of pairs and batches."""
+    """From where the run stands to the end of its epoch, or of the run, each window's number of pairs and batches.
+    Between two steps a run that was told to stop does."""
     epoch, done = divmod(run.state.step, run.steps_per_epoch)
     windows = plan_epoch(run, epoch)[done : done + run.total_steps - run.state.step]
     workers = {"num_workers": run.args.dataloader_num_workers, "prefetch_factor": run.args.dataloader_prefetch_factor}
-    return load_windows(run.train_rows, windows, run.world, run.collator, **workers)
+    with distributed.noted_signals() as signals:
+        for window in load_windows(run.train_rows, windows, run.world, run.collator, **workers):
+            yield window  # to the step, and whatever is due after it
+            number = distributed.agree(signals, run.world)
+            if number and run.state.step < run.total_steps:
+                leave(run, number)
 
 
 def due(step: int, total_steps: int, steps_per_epoch: int, *, args: DPOConfig) -> tuple[bool, bool, bool]:
@@ -339,35 +361,59 @@ def log(run: Run, progress: dict[str, float]) -> None:
 
 
 def record(run: Run, row: dict) -> None:
-    """Keeps a metrics row, and sends it to metrics.jsonl, trackers and callbacks."""
+    """Keeps a metrics row, null in place of what is not finite; sends it to metrics.jsonl, trackers and callbacks."""
+    row = {key: value if math.isfinite(value) else None for key, value in row.items()}
     run.rows.append(row)
     for receive in run.receivers:
         receive(row)
 
 
-def save(run: Run) -> None:
+def save(run: Run, *, only_model: bool = False) -> None:
     """Writes checkpoint-N, and deletes the ones beyond save_total_limit."""
-    options = {"processing_class": run.processing_class, "only_model": run.args.save_only_model}
+    options = {"processing_class": run.processing_class, "only_model": only_model}
     directory = run.output_dir / f"checkpoint-{run.state.step}"
-    checkpoint.save_checkpoint(directory, run.world, **options, **checkpointed(run))
+    try:
+        checkpoint.save_checkpoint(directory, run.world, **options, **checkpointed(run))
+    except ValueError as error:
+        raise UserError(f"{error}; {checkpoint.last_good(run.output_dir)}") from error
     if run.world.rank == 0:
         best = run.state.best and run.state.best["step"]
         checkpoint.prune_checkpoints(run.output_dir, run.args.save_total_limit, best)
 
 
+def leave(run: Run, number: int) -> None:
+    """What a run does that was told to stop: saves a checkpoint to go on from, says how, exits with 128 + number."""
+    if not (run.output_dir / f"checkpoint-{run.state.step}" / "state.pt").exists():
+        save(run)
+    run.bar.close()
+    how = f"go on with --resume_from_checkpoint true --output_dir {run.output_dir}"
+    logger.warning("stopped by %s after step %d: %s", signal.Signals(number).name, run.state.step, how)
+    distributed.shutdown()
+    sys.exit(128 + number)
+
+
 def finish(run: Run) -> None:
     """Leaves the model, the last or the best, the reward graph and the model card in output_dir."""
-    args, output_dir = run.args, run.output_dir
+    args, output_dir, world, names = run.args, run.output_dir, run.world, []
     run.bar.close()
     if args.load_best_model_at_end and run.state.best:
         checkpoint.load_weights(output_dir / f"checkpoint-{run.state.best['step']}", run.model)
-    checkpoint.save_model(output_dir, run.world, run.model, run.processing_class)
-    if run.world.rank == 0:
+    try:
+        with files.written_aside(output_dir / "model.finished", world) as unfinished:
+            checkpoint.save_model(unfinished, world, run.model, run.processing_class)
+    except ValueError as error:
+        raise UserError(f"{error}; {checkpoint.last_good(output_dir)}") from error
+    if world.rank == 0:
+        names = files.move_into(
+            output_dir / "model.finished", output_dir, announce=partial(note_files, run, "training")
+        )
         report.plot_rewards(run.rows, output_dir / "rewards.png")
         sources = {"model_name": run.sources.get("model_name_or_path"), "dataset_name": run.sources.get("dataset_name")}
         create_model_card(output_dir, **sources, rows=run.rows, adapter=isinstance(run.model, PeftModel))
+        note_files(run, "finished", names)
+        run.lock.close()
         logger.info("Saved in %s: the model, metrics.jsonl, rewards.png, config.yaml, README.md", output_dir)
-    distributed.barrier(run.world)
+    distributed.barrier(world)
     run.model.eval()
 
 
@@ -377,6 +423,8 @@ def main(argv: list[str] | None = None) -> None:
         run = train(args=parse_args(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # before the first step; later ones are noted
+        sys.exit(128 + signal.SIGINT)
     if distributed.is_first():
         logger.info("Talk to it:  python -m dpo.chat --model_name_or_path %s", run.output_dir)
     distributed.shutdown()

@@ -1,15 +1,17 @@
 """Loads the policy and its tokenizer, adds a LoRA adapter, switches dropout off, makes the optimizer."""
 
+import difflib
+import hashlib
 import json
 import re
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file, has_file
 
-from dpo.data import first_line
+from dpo.data import first_line, largest_id
 
 
 def load_model(name: str, *, dtype: str = "float32", revision: str = "main", **kwargs) -> torch.nn.Module:
@@ -18,17 +20,46 @@ def load_model(name: str, *, dtype: str = "float32", revision: str = "main", **k
 
     Args: dtype, of the weights (AdamW's updates at a learning rate of 1e-6 are too small for bfloat16's 8 bits);
     revision, of name on the Hub; kwargs, of from_pretrained (None values are left out).
-    Raises: ValueError in one line if there is no such model.
+    Raises: ValueError in one line if there is no such model, or its files lack weights that would then be random.
     """
-    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    kwargs = {"dtype": dtype, **{key: value for key, value in kwargs.items() if value is not None}}
+    kwargs |= {"output_loading_info": True}
     base = adapter_base(name, revision)
     try:
         if base is None:
-            return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision, **kwargs)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **kwargs)
-        return PeftModel.from_pretrained(model, name, is_trainable=True, revision=revision)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"cannot load the model {str(base or name)!r}: {first_line(error)}") from error
+            model, info = AutoModelForCausalLM.from_pretrained(name, revision=revision, **kwargs)
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        wrong = {**info, "mismatched_keys": [key for key, *_ in info["mismatched_keys"]]}
+        if base is not None:
+            model, wrong = add_saved_adapter(model, name, revision)
+    except Exception as error:  # what is in somebody's folder may fail anywhere, a file cut short deep in a library
+        raise ValueError(f"cannot load the model {str(name)!r}: {first_line(error)}") from error
+    for kind in ("missing_keys", "mismatched_keys"):
+        if keys := sorted(wrong[kind]):
+            unused = sorted(wrong["unexpected_keys"])[:1]
+            instead = f", but {unused[0]}, which the model has not" if unused else ""
+            keys = f"{keys[0]} and {len(keys) - 1} more" if len(keys) > 1 else keys[0]
+            raise ValueError(f"the files of the model {str(name)!r} lack weights that fit: {keys}{instead}")
+    for parameter, values in model.named_parameters():
+        if values.is_floating_point() and not torch.isfinite(values).all():
+            raise ValueError(f"the model {str(name)!r} is broken: the weights of {parameter} are not all finite")
+    return model
+
+
+def add_saved_adapter(model: torch.nn.Module, name: str, revision: str) -> tuple[PeftModel, dict[str, list[str]]]:
+    """(base model with the adapter of a directory or Hub name, trainable; the keys of the two that do not fit)."""
+    saved = load_peft_weights(name, device="cpu", **({} if Path(name).is_dir() else {"revision": revision}))
+    embeddings = [value for key, value in saved.items() if key.endswith(("embed_tokens.weight", "lm_head.weight"))]
+    if embeddings and len(embeddings[0]) != model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(embeddings[0]))  # as it was when the adapter was trained
+    model = PeftModel.from_pretrained(model, name, is_trainable=True, revision=revision)
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    return model, {
+        "missing_keys": sorted(wanted - saved.keys()),
+        "mismatched_keys": [],
+        "unexpected_keys": sorted(key for key in saved.keys() - wanted if "lora_" in key),
+    }
 
 
 def adapter_base(name: str, revision: str = "main") -> str | None:
@@ -37,7 +68,19 @@ def adapter_base(name: str, revision: str = "main") -> str | None:
         path = find_adapter_config_file(name, revision=revision)
     except OSError:  # no directory, and no name that the Hub could have
         return None
-    return json.loads(Path(path).read_text())["base_model_name_or_path"] if path else None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"] if path else None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} names no base model: {first_line(error)}") from error
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """A few digits that tell a model's weights from others: a hash of the start of each, and of their names."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        start = parameter.detach().flatten()[:256].cpu().contiguous().view(torch.uint8)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + start.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_tokenizer(name: str, *, revision: str = "main", trust_remote_code: bool = False):
@@ -47,15 +90,21 @@ def load_tokenizer(name: str, *, revision: str = "main", trust_remote_code: bool
         name, revision = base, "main"  # PEFT itself saves an adapter without its tokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # as above
         raise ValueError(f"cannot load the tokenizer of {str(name)!r}: {first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def check_positions(model: torch.nn.Module, sets: list) -> None:
-    """Refuses tokenised rows that are longer than a model with an embedding for each position (GPT-2, OPT) can read."""
+def check_rows_fit(model: torch.nn.Module, sets: list, *, padding_value: int) -> None:
+    """Refuses tokenised rows that hold token ids which the model has not, or are longer than a model with an embedding
+    for each position (GPT-2, OPT) can read."""
+    vocabulary = model.get_input_embeddings().num_embeddings
+    largest = max(padding_value, *map(largest_id, sets))
+    if largest >= vocabulary:
+        how = "take the model's own tokenizer, or resize_token_embeddings before the training"
+        raise ValueError(f"the tokenizer gives the id {largest}, the model knows {vocabulary} tokens: {how}")
     config = getattr(model, "config", None)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
     tables = [m for name, m in model.named_modules() if re.search(r"wpe$|position", name.rpartition(".")[2])]
@@ -70,10 +119,42 @@ def add_adapter(model: torch.nn.Module, peft_config) -> torch.nn.Module:
     """Wraps a model so that only the adapter of peft_config (a peft.PeftConfig, or a dict of LoraConfig's) trains."""
     if isinstance(model, PeftModel):
         raise ValueError("the model has an adapter already, which trains on: leave out use_peft and peft_config")
-    peft_config = LoraConfig(task_type="CAUSAL_LM", **peft_config) if isinstance(peft_config, dict) else peft_config
+    try:
+        peft_config = LoraConfig(task_type="CAUSAL_LM", **peft_config) if isinstance(peft_config, dict) else peft_config
+    except TypeError as error:
+        raise ValueError(f"peft_config: {first_line(error)}") from error
     if peft_config.is_prompt_learning:
         raise ValueError("prompt learning puts tokens before the text, which moves the completion: use LoRA")
+    for option in ("target_modules", "modules_to_save"):
+        names = getattr(peft_config, option, None)
+        present = {part for name, _ in model.named_modules() for part in (name, name.rpartition(".")[2])}
+        for name in names if isinstance(names, list | set | tuple) else ():
+            if name not in present and not any(module.endswith(f".{name}") for module in present):
+                close = difflib.get_close_matches(name, present, n=3) or sorted(names_of_linear_layers(model))
+                raise ValueError(f"{option} {name!r} is no module of the model: it has {', '.join(close)}")
     return get_peft_model(model, peft_config)
+
+
+def names_of_linear_layers(model: torch.nn.Module) -> set[str]:
+    return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def check_trainable(model: torch.nn.Module, *, fp16: bool) -> None:
+    """Refuses a policy that cannot be trained, or not be saved afterwards."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise ValueError("the model has no parameter that trains: load its adapter with is_trainable=True")
+    if getattr(model, "is_quantized", False) and not isinstance(model, PeftModel):
+        raise ValueError("a model in 4 or 8 bits can only train an adapter: add use_peft or peft_config")
+    half = [name for name, parameter in trained.items() if parameter.dtype == torch.float16]
+    if fp16 and half:
+        raise ValueError(f"fp16 needs float32 weights, {half[0]} is in float16: load the model with dtype float32")
+    settings = getattr(model, "generation_config", None)
+    try:
+        if settings is not None:
+            settings.validate(strict=True)
+    except ValueError as error:
+        raise ValueError(f"the model's generation_config cannot be saved: {' '.join(str(error).split())}") from error
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

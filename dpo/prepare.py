@@ -16,23 +16,23 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import get_scheduler, set_seed
 
-from dpo import checkpoint, distributed, models, report, sampling
+from dpo import checkpoint, distributed, files, models, report, sampling
 from dpo.batches import epoch_windows
 from dpo.checkpoint import TrainingState
 from dpo.collate import NUMBERS, DataCollatorForPreference
 from dpo.config import DPOConfig, UserError
-from dpo.data import first_line, prepare_dataset
+from dpo.data import fingerprint, first_line, prepare_dataset
 from dpo.distributed import World
 from dpo.losses import OF_RANKINGS, OVER_THE_BATCH, PARAMETERS, WITH_REFERENCE, dpo_loss, takers
 from dpo.reference import Reference, adapter_starts_at_zero, frozen_copy
 from dpo.sources import load_preferences
 
 # Another value of any of these makes another run, which cannot go on from a checkpoint.
-EXACT_OPTIONS = """per_device_train_batch_size gradient_accumulation_steps shuffle group_by_length dataloader_drop_last
-seed data_seed disable_dropout learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps optim
-weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16 loss_type loss_weights beta label_smoothing
-f_divergence_type f_alpha_divergence_coef reference_free rpo_alpha use_weighting ld_alpha discopop_tau simpo_gamma
-orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha chipo_clip exo_beta_r sync_ref_model ref_model_mixup_alpha
+EXACT_OPTIONS = """dtype per_device_train_batch_size gradient_accumulation_steps shuffle group_by_length
+dataloader_drop_last seed data_seed disable_dropout learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_ratio
+warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16 loss_type loss_weights beta
+label_smoothing f_divergence_type f_alpha_divergence_coef reference_free rpo_alpha use_weighting ld_alpha discopop_tau
+simpo_gamma orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha chipo_clip exo_beta_r sync_ref_model ref_model_mixup_alpha
 ref_model_sync_steps"""
 logger = logging.getLogger("dpo")
 
@@ -61,6 +61,8 @@ class Run:
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     scaler: torch.amp.GradScaler | None = None
     state: TrainingState = field(default_factory=TrainingState)
+    same_run: dict | None = None  # what a run must share with this one to go on from its checkpoints
+    lock: object = None  # the open file that keeps other runs out of output_dir
     bar: tqdm | None = None
     rows: list[dict] = field(default_factory=list)  # all metrics rows
     receivers: list[Callable] = field(default_factory=list)  # of each new one
@@ -89,8 +91,8 @@ def prepare(
         world = distributed.setup(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout=args.ddp_timeout)
         logger.setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
         run = Run(args, world, Path(args.output_dir), compute_metrics)
-        wanted, overwrite = args.resume_from_checkpoint, args.overwrite_output_dir
-        resume = checkpoint.find_checkpoint(wanted, run.output_dir, overwrite=overwrite)
+        check_machine(world, args=args)
+        check_schedule(args)
         run.reward, trackers = sampling.load_reward(args.sample_reward), report.import_trackers(args.report_to)
         set_seed(args.seed, deterministic=args.full_determinism)
         if args.tf32 is not None:
@@ -103,15 +105,20 @@ def prepare(
         sources = {"model_name_or_path": name, "eval_dataset_name": eval_dataset}
         sources["dataset_name"] = args.dataset_name if train_dataset is None else train_dataset
         run.sources = {key: value for key, value in sources.items() if value and isinstance(value, str)}
-        check_arguments(model, ref_model, optimizers, processing_class or name, data_collator, args=args)
+        resume = claim_output(run, ref_model)
+        check_arguments(model, ref_model, optimizers, processing_class or name, data_collator, callbacks, args=args)
         hub = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
         run.processing_class = processing_class or models.load_tokenizer(name, **hub)
         run.train_rows, run.eval_sets = prepare_data(run, train_dataset, eval_dataset)
+        report.show_rows(run.train_rows, run.processing_class, args.show_rows)
         run.collator = data_collator or make_collator(run.processing_class, args=args)
 
         # Models are built, then laid out over the processes, then given an optimizer.
         run.model, run.reference, run.starts_equal = build_models(model, ref_model, peft_config, args=args)
-        models.check_positions(run.model, [run.train_rows, *run.eval_sets.values()])
+        padding_value = getattr(run.collator, "pad_token_id", 0)
+        for each in (run.model, run.reference.ref_model):
+            if each is not None:
+                models.check_rows_fit(each, [run.train_rows, *run.eval_sets.values()], padding_value=padding_value)
         set_seed(args.seed + world.rank, deterministic=args.full_determinism)  # each process its own dropout
         unused = args.ddp_find_unused_parameters
         run.policy = distributed.lay_out(run.model, world, trains=True, find_unused_parameters=unused)
@@ -121,9 +128,10 @@ def prepare(
         run.total_steps = args.max_steps if args.max_steps > 0 else math.ceil(epochs * run.steps_per_epoch)
         run.optimizer, run.scheduler = make_optimizers(run, optimizers)
         run.scaler = torch.amp.GradScaler(world.device.type, enabled=args.fp16)
+        run.same_run = what_matters(run)
         if resume:
             checkpoint.load_checkpoint(resume, world, **checkpointed(run))
-        open_outputs(run, trackers, callbacks or [])
+        open_outputs(run, trackers, callbacks or [], resume)
     return run
 
 
@@ -138,7 +146,37 @@ def user_errors():
         raise UserError(first_line(error)) from error
 
 
-def check_arguments(model, ref_model, optimizers, tokenizer_source, data_collator, *, args: DPOConfig) -> None:
+def check_machine(world: World, *, args: DPOConfig) -> None:
+    """Refuses options that do nothing, or cannot be had, where the run finds itself."""
+    if world.size == 1:
+        for option in ("ddp_backend", "ddp_timeout", "ddp_find_unused_parameters"):
+            if getattr(args, option) != getattr(DPOConfig, option):
+                raise UserError(f"{option} does nothing in a single process: leave it out, or start more of them")
+    known = torch.compiler.list_backends(exclude_tags=()) if args.torch_compile_backend else []
+    if args.torch_compile_backend and args.torch_compile_backend not in known:
+        raise UserError(f"torch_compile_backend {args.torch_compile_backend!r}: choose one of {', '.join(known)}")
+    modes = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+    if args.torch_compile_mode not in (None, *modes):
+        raise UserError(f"torch_compile_mode {args.torch_compile_mode!r}: choose one of {', '.join(modes)}")
+    known = inspect.signature(torch.utils.checkpoint.checkpoint).parameters
+    for key in args.gradient_checkpointing_kwargs:
+        if key not in known or key in ("function", "args", "kwargs"):
+            raise UserError(f"gradient_checkpointing_kwargs has {key!r}, which torch.utils.checkpoint does not know")
+
+
+def check_schedule(args: DPOConfig) -> None:
+    """Tries the learning-rate schedule on a parameter of its own: its arguments may be missing, unknown or wrong."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, dict(args.lr_scheduler_kwargs)).get_last_lr()
+    except Exception as error:
+        what = f"lr_scheduler_type {args.lr_scheduler_type} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
+        raise UserError(f"{what}: {first_line(error)}") from error
+
+
+def check_arguments(
+    model, ref_model, optimizers, tokenizer_source, data_collator, callbacks, *, args: DPOConfig
+) -> None:
     """Refuses arguments of `train` that contradict each other, before anything is loaded."""
     if model is None:
         raise UserError("there is no model: set model_name_or_path")
@@ -148,12 +186,18 @@ def check_arguments(model, ref_model, optimizers, tokenizer_source, data_collato
         for option in ("dtype", "attn_implementation", "model_revision", "model_init_kwargs"):
             if getattr(args, option) != getattr(DPOConfig(), option):
                 raise UserError(f"{option} does nothing for a model that is loaded already: leave it out")
+    for callback in callbacks or ():
+        if not callable(callback):
+            what = f"callbacks are functions of a metrics row, not {type(callback).__name__}"
+            raise UserError(f"{what}: pass lambda row: ...")
     if ref_model is model and not isinstance(model, str):
         raise UserError("ref_model is the model itself, which will train: leave it out, or pass a copy")
     if ref_model is not None and not needs_reference(args):
         raise UserError(f"loss_type {args.loss_type} and reference_free have no use for a ref_model: leave it out")
     if optimizers[1] is not None and optimizers[0] is None:
         raise UserError("optimizers has a scheduler without its optimizer: pass both, or the optimizer alone")
+    if args.ref_model_init_kwargs and not isinstance(ref_model or args.ref_model_name_or_path, str):
+        raise UserError("ref_model_init_kwargs does nothing without a reference to load by name: leave it out")
     if data_collator is not None and (args.layout != "auto" or args.padding_value is not None):
         raise UserError("a data_collator has its own layout and padding: leave out layout and padding_value")
 
@@ -169,6 +213,8 @@ def prepare_data(run: Run, train_dataset, eval_dataset) -> tuple[datasets.Datase
         raise UserError("there is no training set: set dataset_name")
     train_rows = prepare_rows(run, source, args.dataset_train_split, args.dataset_config)
     if args.eval_strategy == "no":
+        if eval_dataset is not None:
+            raise UserError("eval_dataset does nothing without an eval_strategy: set it to steps or epoch")
         return train_rows, {}
     eval_dataset = args.eval_dataset_name if eval_dataset is None else eval_dataset
     if eval_dataset is None:
@@ -177,8 +223,11 @@ def prepare_data(run: Run, train_dataset, eval_dataset) -> tuple[datasets.Datase
         eval_dataset, subset = source, args.dataset_config
     sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
     best = args.metric_for_best_model
-    if args.load_best_model_at_end and not any(best.startswith(f"eval_{label}") for label in sets):
-        raise UserError(f"metric_for_best_model {best} is of none of {', '.join(sets)}: name it eval_NAME_loss")
+    of_pairs = [name for name in report.METRICS if name.startswith(("loss", "rewards/", "logps/"))]
+    known = [f"eval_{label}_{name}" if label else f"eval_{name}" for label in sets for name in of_pairs]
+    unknown = best not in known and "loss/" not in best and not best.startswith("eval_samples/")
+    if args.load_best_model_at_end and run.compute_metrics is None and unknown:
+        raise UserError(f"metric_for_best_model {best!r} is not evaluated: choose among {', '.join(known)}")
     eval_sets = {name: prepare_rows(run, each, args.dataset_test_split, subset) for name, each in sets.items()}
     if any(("scores" in rows.column_names) != ("scores" in train_rows.column_names) for rows in eval_sets.values()):
         raise UserError("of the training and the evaluation set one has scores: exo takes them in both or none")
@@ -201,6 +250,8 @@ def prepare_rows(run: Run, source, split: str, subset: str | None) -> datasets.D
             read_scores=bool(names & take_scores),
             allow_ties=bool(names & take_scores) and names & set(OF_RANKINGS) <= take_scores,
             skip_bad_rows=args.skip_bad_rows,
+            chat_template_kwargs=args.chat_template_kwargs or None,
+            read_margin=any("margins" in PARAMETERS[name] for name in names),
             num_proc=args.dataset_num_proc,
         )
     where, scored = ", ".join(parts), "scores" in rows.column_names
@@ -258,6 +309,7 @@ def build_models(model, ref_model, peft_config, *, args: DPOConfig) -> tuple[tor
         peft_config |= {"target_modules": args.lora_target_modules, "modules_to_save": args.lora_modules_to_save}
     if peft_config is not None:
         model = models.add_adapter(model, peft_config)
+    models.check_trainable(model, fp16=args.fp16)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, **args.gradient_checkpointing_kwargs})
 
@@ -301,21 +353,63 @@ def make_optimizers(run: Run, optimizers: tuple) -> tuple:
 def checkpointed(run: Run) -> dict:
     """What a checkpoint keeps of a run, as `save_checkpoint` and `load_checkpoint` name it."""
     stateful = {key: getattr(run, key) for key in ("optimizer", "scheduler", "scaler", "reference")}
-    same_run = {"rows": len(run.train_rows), "steps": run.total_steps, "processes": run.world.size}
-    same_run |= {option: getattr(run.args, option) for option in EXACT_OPTIONS.split()}
-    return {"model": run.model, "state": run.state, "stateful": stateful, "same_run": same_run}
+    return {"model": run.model, "state": run.state, "stateful": stateful, "same_run": run.same_run}
 
 
-def open_outputs(run: Run, trackers: dict, callbacks: list[Callable]) -> None:
+def what_matters(run: Run) -> dict:
+    """All that makes a run's numbers what they are, in plain values: what a run that goes on must share with it."""
+    args, model = run.args, run.model
+    same_run = {"processes": run.world.size, "rows": fingerprint(run.train_rows), "model": models.fingerprint(model)}
+    if run.reference.ref_model is not None:
+        same_run["reference"] = models.fingerprint(run.reference.ref_model)
+    if isinstance(model, PeftModel):
+        adapter = model.peft_config[model.active_adapter].to_dict()
+        of_adapters = (
+            "peft_type r lora_alpha lora_dropout target_modules modules_to_save use_dora use_rslora bias".split()
+        )
+        same_run |= {f"adapter's {key}": str(adapter.get(key)) for key in of_adapters if key != "target_modules"}
+        same_run["adapter's target_modules"] = str(sorted(adapter.get("target_modules") or []))
+    if not args.lr_scheduler_type.startswith("constant") or args.warmup_ratio:
+        same_run["steps"] = run.total_steps  # the learning rate of each step depends on their number
+    return same_run | {option: getattr(args, option) for option in EXACT_OPTIONS.split()}
+
+
+def claim_output(run: Run, ref_model) -> Path | None:
+    """Refuses an output_dir that is not the run's to write to, and locks it; the checkpoint to go on from, or None."""
+    args, sources = run.args, dict(run.sources)
+    reference = args.ref_model_name_or_path if ref_model is None else ref_model
+    sources |= {"ref_model_name_or_path": reference} if isinstance(reference, str) else {}
+    files.check_output(run.output_dir, sources)
+    resume = None
+    if run.world.rank == 0:
+        if run.output_dir.exists():
+            run.lock = files.lock(run.output_dir)
+        wanted, overwrite = args.resume_from_checkpoint, args.overwrite_output_dir
+        resume = checkpoint.find_checkpoint(wanted, run.output_dir, overwrite=overwrite)
+    return distributed.from_first(resume, run.world)
+
+
+def note_files(run: Run, status: str, names: list[str] = ()) -> None:
+    """Notes in run.json how far the run is and which files are a run's: all so far, and these."""
+    known = (files.run_in(run.output_dir) or {"files": files.WRITTEN})["files"]
+    step, steps = run.state.step, run.total_steps
+    files.write_run(run.output_dir, status=status, step=step, steps=steps, files=[*known, *names])
+
+
+def open_outputs(run: Run, trackers: dict, callbacks: list[Callable], resume: Path | None) -> None:
     """Opens what the run writes to, in the first process: metrics.jsonl, config.yaml, trackers, the progress bar."""
     args, step, output_dir = run.args, run.state.step, run.output_dir
     disable = args.disable_tqdm or run.world.rank > 0
     run.bar = tqdm(total=run.total_steps, initial=step, desc="DPO", disable=disable)
     if run.world.rank > 0:
         return
-    checkpoint.clear_output(output_dir, step=step)
+    run.lock = run.lock or files.lock(output_dir)
+    came_from = resume.parent if resume else output_dir
+    run.rows = report.read_rows(came_from / "metrics.jsonl", up_to_step=step) if step else []
+    checkpoint.clear_output(output_dir, step=step if came_from.resolve() == output_dir.resolve() else 0)
+    note_files(run, "training")
+    files.write_whole(output_dir / "metrics.jsonl", "".join(map(report.as_line, run.rows)))
     options = report.write_config(output_dir, {**dataclasses.asdict(args), **run.sources})
-    run.rows = report.read_rows(output_dir / "metrics.jsonl", up_to_step=step)
     trackers = report.open_trackers(trackers, run_name=args.run_name, output_dir=output_dir, config=options)
     run.receivers = [partial(report.append_row, output_dir / "metrics.jsonl"), *trackers, *callbacks]
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * run.world.size

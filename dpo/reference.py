@@ -1,6 +1,8 @@
 """log π_ref of a batch, from a frozen copy of the policy, another model, the policy with its adapter off, or none."""
 
 import copy
+import functools
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -59,7 +61,18 @@ class Reference:
 
 def frozen_copy(policy: torch.nn.Module) -> torch.nn.Module:
     """π_ref = π at the start of training: the same weights, never to be trained, no dropout. Parameters that do not
-    train in the policy either (the base model under an adapter) are shared with it, not copied."""
+    train in the policy either (the base model under an adapter) are shared with it, not copied.
+
+    Raises: ValueError if a module's forward was replaced by a function: a copy would have the same one, and with it the
+    policy's own layers, so that policy and reference stayed equal for ever.
+    """
+    for name, module in policy.named_modules():
+        forward = vars(module).get("forward")
+        while isinstance(forward, functools.partial):
+            forward = forward.func
+        if isinstance(forward, types.FunctionType) and forward.__closure__:
+            where = name or type(module).__name__
+            raise ValueError(f"the forward of {where} was replaced, a copy would call the original: pass a ref_model")
     shared = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
     return copy.deepcopy(policy, shared).eval().requires_grad_(False)
 
@@ -79,7 +92,8 @@ def null_ref_context(policy: torch.nn.Module):
     """Inside, a PEFT policy is its own reference: the adapter is off, the modules that train beside it
     (modules_to_save) are the original ones, dropout is off. Costs no memory for a second model."""
     was_training = policy.training
-    policy.eval()
+    if not getattr(policy, "is_quantized", False):  # bitsandbytes takes another kernel in eval mode: not quite equal
+        policy.eval()
     try:
         with policy.disable_adapter():
             yield policy

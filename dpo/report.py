@@ -1,14 +1,19 @@
 """What a run tells: metrics.jsonl, the reward graph, trackers such as TensorBoard, sampled answers, the model card."""
 
 import importlib
+import itertools
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import yaml
 from huggingface_hub import ModelCardData
 from matplotlib.figure import Figure
 
+logger = logging.getLogger("dpo")
+SECRETS = ("token", "use_auth_token")  # keys of from_pretrained's arguments that no file and no tracker may see
 METRICS = {  # of metrics.jsonl, in words; losses, rewards and logps are means over all pairs since the last row
     "step": "optimizer steps taken",
     "epoch": "how often that is through the training set",
@@ -30,21 +35,41 @@ METRICS = {  # of metrics.jsonl, in words; losses, rewards and logps are means o
 }
 
 
+def as_line(row: dict) -> str:
+    return json.dumps(row, default=float) + "\n"
+
+
 def append_row(path: Path, row: dict) -> None:
-    """One JSON object a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, default=float) + "\n")
+    """One JSON object a line. Raises: ValueError in one line if the disk is full."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(as_line(row))
+    except OSError as error:
+        raise ValueError(f"{path} could not be written: {error.strerror}") from error
 
 
 def write_config(output_dir: Path, options: dict) -> dict:
-    """Writes config.yaml, which runs it again from anywhere: local paths are made absolute, resuming is left out."""
-    options = options | {"resume_from_checkpoint": None}
+    """Writes config.yaml, which runs it again from anywhere: local paths are made absolute; resuming, overwriting and
+    whatever is secret are left out. Returns: what it wrote."""
+    options = options | {"resume_from_checkpoint": None, "overwrite_output_dir": False}
+
+    def portable(value):
+        if isinstance(value, dict):
+            return {key: portable(item) for key, item in value.items() if key not in SECRETS}
+        if isinstance(value, list | tuple):
+            return [portable(item) for item in value]
+        if isinstance(value, torch.dtype):
+            return str(value).removeprefix("torch.")
+        if hasattr(value, "to_dict"):  # a BitsAndBytesConfig
+            return portable(value.to_dict())
+        return value if isinstance(value, str | int | float | None) else str(value)
 
     def absolute(value):
         if isinstance(value, dict):
             return {key: absolute(item) for key, item in value.items()}
         return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
 
+    options = portable(options)
     for key in ("model_name_or_path", "ref_model_name_or_path", "dataset_name", "eval_dataset_name"):
         options[key] = absolute(options[key])
     (output_dir / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
@@ -52,14 +77,34 @@ def write_config(output_dir: Path, options: dict) -> dict:
 
 
 def read_rows(path: Path, *, up_to_step: int) -> list[dict]:
-    """The metrics rows of a run up to a step, which it is about to go on from; the file is cut to them."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    whole = [line for line in lines if line.endswith("}")]  # the last one may have been cut short
-    rows = [row for row in map(json.loads, whole) if row["step"] <= up_to_step]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    """The metrics rows of a run up to a step, which it is about to go on from. What is no row (a line cut short, or
+    somebody else's) is passed over."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+            rows += [row] if row["step"] <= up_to_step else []
+        except (ValueError, TypeError, KeyError, RecursionError):
+            logger.warning("%s: a line that is no metrics row is passed over", path)
     return rows
+
+
+def show_rows(rows, processing_class, count: int) -> None:
+    """Prints the first rows as they will be trained, at least one: prompt and completions decoded, the tokens that the
+    loss sees between ⟦ and ⟧."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    for row in rows.select(range(min(max(count, 1), len(rows)))):
+        rejected, scored = row["rejected_input_ids"], row.get("scored")
+        several = rejected if rejected and isinstance(rejected[0], list) else [rejected]
+        lines = [f"{row['source']}, as it will be trained (the loss sees what is between ⟦ and ⟧):"]
+        lines.append(f"  prompt    {tokenizer.decode(row['prompt_input_ids'])!r}")
+        for rank, ids in enumerate([row["chosen_input_ids"], *several]):
+            mask = scored[rank] if scored else [True] * len(ids)
+            runs = itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
+            texts = [(seen, repr(tokenizer.decode([token for token, _ in run]))[1:-1]) for seen, run in runs]
+            text = "".join(f"⟦{part}⟧" if seen else part for seen, part in texts)
+            lines.append(f"  {'rejected' if rank else 'chosen':9s} {text}")
+        logger.info("\n".join(lines))
 
 
 def describe_evaluation(row: dict) -> str:

@@ -1,14 +1,27 @@
 """Opens a preference dataset: Hub name, local file or directory, or object. Of a broken file it names the line."""
 
 import csv
+import glob
 import gzip
 import json
 import os
+import zlib
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Features, Json, Value, load_dataset, load_dataset_builder, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Json,
+    ReadInstruction,
+    Value,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 
-from dpo.data import canonical_row, first_line
+from dpo.data import first_line
+from dpo.rows import canonical_row
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 
@@ -21,8 +34,27 @@ def load_preferences(
     Args: source, a Hub name, a local .json/.jsonl/.parquet/.csv/.arrow file (.gz too), a directory of such files or one
     that save_to_disk wrote, a datasets.Dataset or DatasetDict, or a list of dicts; split and subset (configuration),
     where the source has several.
+    A split may be a slice, as in train[:100]; a single file is both train and test.
     Raises: ValueError if there is no such dataset or split, or a file cannot be read: names the file and the line.
     """
+    name, slices, _ = split.partition("[")
+    path = Path(source).expanduser() if isinstance(source, str | os.PathLike) else None
+    local = path is None or path.exists()
+    parts = _open(source, split=name if local else split, subset=subset)
+    if not (local and slices):
+        return parts
+    if len(parts) > 1:
+        raise ValueError(f"{source}: split {split!r} is a slice, of {len(parts)} files: name one of them, or no slice")
+    ((where, rows),) = parts.items()
+    try:
+        (cut,) = ReadInstruction.from_spec(split).to_absolute({name: len(rows)})
+    except Exception as error:
+        raise ValueError(f"{where}: split {split!r}: {first_line(error)}") from error
+    return {where: rows.select(range(cut.from_, cut.to))}
+
+
+def _open(source, *, split: str, subset: str | None) -> dict:
+    """The parts of a source, uncut."""
     if subset is not None and (not isinstance(source, str | os.PathLike) or Path(source).is_file()):
         raise ValueError(f"there is no subset {subset!r} in one file or object: leave out the subset (dataset_config)")
     if isinstance(source, Dataset):
@@ -36,9 +68,14 @@ def load_preferences(
         raise ValueError(f"a dataset is {kinds}, not {type(source).__name__}")
     path = Path(source).expanduser()
     if path.is_file():
+        if split not in ("train", "test"):
+            raise ValueError(f"{path} is one file and has no split {split!r}: leave the split out")
         return {str(path): _read_file(path)}
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
-        saved = load_from_disk(str(path))
+        try:
+            saved = load_from_disk(str(path))
+        except Exception as error:
+            raise ValueError(f"{path} cannot be opened as a saved dataset: {first_line(error)}") from error
         return {str(path): _pick_split({"train": saved} if isinstance(saved, Dataset) else saved, split, path)}
     if path.is_dir():
         try:
@@ -70,11 +107,22 @@ def _from_list(rows: list[dict]) -> Dataset:
     # Not Dataset.from_list: it looks for columns in the first row only.
     columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
     try:
-        return Dataset.from_dict(columns)
+        table = Dataset.from_dict(columns)
+        wide = {key: Json() for key, kind in table.features.items() if _has_objects(kind)}
+        return Dataset.from_dict(columns, features=Features({**table.features, **wide})) if wide else table
     except Exception:  # a column of mixed kinds: keep each value as it is, and let the row that is wrong be named
-        used = "prompt chosen rejected completions scores tools margin weight".split()
-        columns = {key: columns[key] for key in used if key in columns}
+        for number, row in enumerate(rows, start=1):
+            try:
+                json.dumps(row, ensure_ascii=False).encode("utf-8")
+            except (ValueError, TypeError) as error:  # half a character (a lone surrogate), or an object of no kind
+                raise ValueError(f"dataset, row {number}: {first_line(error)}: mend it") from error
         return Dataset.from_dict(columns, features=Features(dict.fromkeys(columns, Json())))
+
+
+def _has_objects(kind) -> bool:
+    """Whether a column holds objects whose keys differ from row to row (tools, calls of them): as a table's structs
+    each would get the keys of all others, with nulls."""
+    return any(word in str(kind) for word in ("tool_calls", "'parameters'", "'arguments'"))
 
 
 # ------------------------------------------------------------------------------------------------------ reading a file
@@ -86,7 +134,7 @@ def _format(path: Path) -> str:
 
 
 def _open_text(path: Path):
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", errors="replace")
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig")
 
 
 def _read_file(path: Path) -> Dataset:
@@ -96,14 +144,21 @@ def _read_file(path: Path) -> Dataset:
     empty = ValueError(f"{path} is empty: it must hold at least one preference pair")
     if path.stat().st_size == 0:
         raise empty
-    options = {}
+    options, here = {}, glob.escape(str(path))  # a name is no pattern: pairs[1].jsonl is not pairs1.jsonl
+    if FORMATS[suffix] in ("json", "csv"):
+        _check_text(path)
     try:
         if suffix == ".csv":
             # In a CSV file "NA" and "12" are texts that someone preferred, neither a missing value nor a number.
             with _open_text(path) as file:
-                columns = next(csv.reader(file), [])
+                columns = [name or "Unnamed: 0" for name in next(csv.reader(file), [])]  # pandas' index has no name
             options = {"keep_default_na": False, "features": Features(dict.fromkeys(columns, Value("string")))}
-        return load_dataset(FORMATS[suffix], data_files=str(path), split="train", **options)
+        rows = load_dataset(FORMATS[suffix], data_files=here, split="train", **options)
+        wide = {key: Json() for key, kind in rows.features.items() if FORMATS[suffix] == "json" and _has_objects(kind)}
+        if wide:
+            features = Features({**rows.features, **wide})
+            rows = load_dataset(FORMATS[suffix], data_files=here, split="train", features=features)
+        return rows
     except Exception as error:
         if "corresponds to no data" in str(error):  # datasets' words for a file of no rows
             raise empty from error
@@ -111,6 +166,23 @@ def _read_file(path: Path) -> Dataset:
             _explain_json(path)
         reason = first_line(error.__cause__ or error)
         raise ValueError(f"{path} cannot be read as {suffix[1:]}: {reason}: mend or convert it") from error
+
+
+def _check_text(path: Path) -> None:
+    """Refuses a text file that is not UTF-8, a compressed one that is cut short, and JSON that holds no objects."""
+    try:
+        with _open_text(path) as file:
+            start = file.read(100_000)
+            while file.read(10_000_000):
+                pass
+    except UnicodeDecodeError as error:
+        head = path.read_bytes()[:2]
+        known = "UTF-16" if head in (b"\xff\xfe", b"\xfe\xff") else "another encoding, such as Windows-1252"
+        raise ValueError(f"{path} is not UTF-8 (byte {error.start + 1}) but {known}: save it as UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {first_line(error)}: mend or replace it") from error
+    if FORMATS[_format(path)] == "json" and start.strip() and start.lstrip()[0] not in "[{":
+        raise ValueError(f"{path}, line 1: is not a JSON object: write one object a line, or one array of them")
 
 
 def _explain_json(path: Path) -> None:
@@ -126,6 +198,8 @@ def _explain_json(path: Path) -> None:
             if not isinstance(row, dict):
                 raise ValueError("is not a JSON object")
             canonical_row(row, allow_ties=True)
+        except RecursionError as error:
+            raise ValueError(f"{path}, line {number}: nested too deeply: mend it") from error
         except json.JSONDecodeError as error:
             where = f"{path}, line {number + error.lineno - 1}"
             raise ValueError(f"{where}: not valid JSON: {error.msg} at column {error.colno}: mend it") from error

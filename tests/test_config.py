@@ -148,7 +148,7 @@ REFUSED = [
     ("--lr_scheduler_type greedy", "lr_scheduler_type greedy needs a metric"),
     ("--lr_scheduler_type reduce_lr_on_plateau", "lr_scheduler_type reduce_lr_on_plateau needs a metric"),
     ("--bf16 --fp16", "bf16 and fp16 exclude each other"),
-    ("--fp16 --dtype float16", "fp16 needs weights of a wider dtype"),
+    ("--fp16 --dtype float16", "fp16 needs float32 weights"),
     ("--eval_on_start", "need an eval_strategy"),
     ("--generate_during_eval", "need an eval_strategy"),
     ("--eval_dataset_name e", "need an eval_strategy"),
@@ -410,8 +410,8 @@ def test_rows_of_similar_length_are_grouped(tmp_path):
 
 
 def test_bad_rows_stop_the_run_or_are_left_out(tmp_path):
-    rows = [*ROWS, {"prompt": "a", "chosen": " same", "rejected": " same"}]
-    with pytest.raises(ValueError, match="row 20: .* equal"):
+    rows = [*ROWS, {"prompt": "a", "chosen": " same", "rejected": None}]
+    with pytest.raises(ValueError, match="row 20: column 'rejected' is missing"):
         start(tmp_path, rows=rows)
     assert len(start(tmp_path, rows=rows, skip_bad_rows=True).rows) == 3
 
@@ -443,6 +443,9 @@ def test_dataset_options_choose_what_is_trained_and_evaluated_on(model_dir, tmp_
     assert metrics("sub", **sub) == given("left", "right")
     assert metrics("other", dataset_config="other") == given("small", "small")
     more = f"{tmp_path}/data/more.jsonl"
+    with pytest.raises(ValueError, match="is one file and has no split 'right'"):
+        metrics("more", **sub, eval_dataset_name=more)
+    del sub["dataset_test_split"]
     assert metrics("more", **sub, eval_dataset_name=more) == given("left", "more")
     assert "eval_more_loss" in metrics("named", **sub, eval_dataset_name=json.dumps({"more": more}))[-1]
     with pytest.raises(ValueError, match="has no split 'middle'"):
@@ -697,7 +700,7 @@ def test_intervals_are_steps_or_shares_of_all_steps_rounded_up(tmp_path):
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (3, 6, 9, 12)}
     assert not list(tmp_path.glob("checkpoint-*/*.pt"))
     with pytest.raises(ValueError, match="saved with save_only_model"):
-        start(tmp_path, resume_from_checkpoint="true", num_train_epochs=4)
+        start(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-12"), num_train_epochs=4)
     usual = start(tmp_path / "b", rows=ROWS, eval_rows=ROWS[:3], logging_steps=2, eval_strategy="steps")
     assert [row["step"] for row in usual.rows if "eval_loss" in row] == [2, 3]  # as logging_steps
 

@@ -46,7 +46,8 @@ def rows_of(source, **options) -> list[dict]:
 
 
 def prepared(source, tokenizer, **options) -> Dataset:
-    return prepare_dataset(load_preferences(source), tokenizer, **options)
+    """The tokenised rows, without where they came from."""
+    return prepare_dataset(load_preferences(source), tokenizer, **options).remove_columns("source")
 
 
 def words(tokenizer, ids: list[int]) -> str:
@@ -137,7 +138,7 @@ def test_csv_texts_stay_as_they_are_written(mark, tmp_path):
     path.write_text(mark + path.read_text())
     assert rows_of(path) == rows
     path.write_text(f"{mark}prompt,chosen,rejected\np,a,b\np,,b\n")
-    assert f"{path}, row 2: column 'chosen' is empty" in refusal(path)
+    assert len(prepared(path, make_tokenizer())) == 1  # the empty one is no missing value, and teaches nothing
 
 
 def test_a_byte_order_mark_is_no_part_of_json(tmp_path):
@@ -282,11 +283,6 @@ LONG = {"prompt": "the sky is very blue", "chosen": " now today", "rejected": " 
          ("<|im_start|>system\nbe brief<|im_end|>\n" + TURNS, "blue", "green")),
         ({**CHAT, "prompt": [{**SYSTEM, "content": ""}, USER]}, CHAT_TOKENIZER, {},
          ("<|im_start|>system\n<|im_end|>\n" + TURNS, "blue", "green")),
-        ({**CHAT, "prompt": [USER, GREEN]}, CHAT_TOKENIZER, {},  # no turn of the assistant is asked for
-         (TURNS + "green<|im_end|>\n", "<|im_start|>assistant\nblue", "<|im_start|>assistant\ngreen")),
-        ({**CHAT, "chosen": [USER, BLUE]}, CHAT_TOKENIZER, {},  # repeated in one completion alone
-         ("<|im_start|>user\nsky?<|im_end|>\n<|im_start|>",
-          "user\nsky?<|im_end|>\n<|im_start|>assistant\nblue", "assistant\ngreen")),
         (CHAT, COUNTED, {}, ("[1/", "2] sky?\n[2/2] blue\n", "2] sky?\n[2/2] green\n")),  # not prefix-stable
         # ---- BOS: where the tokenizer puts one before a text, not before a conversation
         (PAIR, BOS_TOKENIZER, {}, ("<s>the sky is", " blue", " green")),
@@ -453,7 +449,7 @@ LONG_PROMPT = {**PAIR, "prompt": "the sky is very very blue now"}
         ([{"prompt": "the", "chosen": " sky is", "rejected": [" sky now", " red"]},  # a ranking of which some is left
           {"prompt": "the", "chosen": " sky is", "rejected": [" sky now", " sky"]}],
          {"max_completion_length": 1, "ranked": True}, "1 of 2 rows of dataset teach nothing"),
-        ([PAIR, {**PAIR, "chosen": ""}], {"skip_bad_rows": True}, "1 of 2 rows of dataset left out as bad rows"),
+        ([PAIR, {**PAIR, "chosen": None}], {"skip_bad_rows": True}, "1 of 2 rows of dataset left out as bad rows"),
     ],
 )  # fmt: skip
 def test_what_is_worth_knowing_about_rows_is_counted_and_said(rows, options, expected, caplog):
@@ -542,13 +538,17 @@ def test_completions_and_scores_may_stand_twice_where_ties_are_allowed_unless_al
     assert "are equal: there is no preference to learn" in refusal([equal], tokenizer, **options)
 
 
-BAD_RANKINGS = {
-    "missing": ({**RANKING, "rejected": [" grey", None]}, "column 'rejected' number 2 is missing"),
-    "missing first": ({**RANKING, "rejected": [None, " grey"]}, "column 'rejected' number 1 is missing"),
+USELESS_RANKINGS = {
     "empty": ({**RANKING, "rejected": [" grey", " "]}, "column 'rejected' number 2 is empty"),
     "equal": ({**RANKING, "rejected": [" grey", " blue"]}, "columns 'chosen' and 'rejected' number 2 are equal"),
     "equal rest": ({**RANKING, "rejected": [" a", " a"]}, "columns 'rejected' number 1 and 'rejected' number 2 are eq"),
     "all equal": ({**RANKING, "rejected": [" blue"]}, "columns 'chosen' and 'rejected' number 1 are equal: there is"),
+    "empty one": ({**SCORED, "completions": [" a", "", " b", " c"]}, "column 'completions' number 2 is empty"),
+    "equal ones": ({**SCORED, "completions": [" a", " b", " c", " b"]}, "columns 'completions' number 2 and 'complet"),
+}
+BAD_RANKINGS = {
+    "missing": ({**RANKING, "rejected": [" grey", None]}, "column 'rejected' number 2 is missing"),
+    "missing first": ({**RANKING, "rejected": [None, " grey"]}, "column 'rejected' number 1 is missing"),
     "kinds": ({**RANKING, "rejected": [" grey", [BLUE]]}, "columns 'chosen' and 'rejected' number 2 differ in kind"),
     "message": ({**CHAT, "rejected": [[BLUE], [{"role": "user"}]]}, "column 'rejected' number 2, message 1 has no 'c"),
     "one": ({**SCORED, "completions": [" red"], "scores": [1]}, "column 'completions' must be a list of two or more"),
@@ -559,8 +559,6 @@ BAD_RANKINGS = {
     "words": ({**SCORED, "scores": [1, 2, 3, "4"]}, "column 'scores' is [1, 2, 3, '4']: give 4 numbers"),
     "nan": ({**SCORED, "scores": [1, 2, 3, float("nan")]}, "column 'scores' is [1.0, 2.0, 3.0, nan]: give 4 n"),
     "ties": ({**SCORED, "scores": [1, 2, 3, 3]}, "column 'scores' is [1.0, 2.0, 3.0, 3.0]: equal ones are no"),
-    "empty one": ({**SCORED, "completions": [" a", "", " b", " c"]}, "column 'completions' number 2 is empty"),
-    "equal ones": ({**SCORED, "completions": [" a", " b", " c", " b"]}, "columns 'completions' number 2 and 'complet"),
 }  # fmt: skip
 
 
@@ -587,7 +585,7 @@ def test_scores_may_stand_beside_chosen_and_rejected_where_they_are_read(tokeniz
 def test_scores_in_some_rows_only_are_refused_where_they_are_read(tokenizer, tmp_path):
     alike = {"completions": [[BLUE], [{**BLUE, "id": 7}]], "scores": [2, 1]}  # and once rendered even equal
     message = refusal([alike], CHAT_TOKENIZER, ranked=True, read_scores=True, allow_ties=True)
-    assert message.startswith("dataset, row 1: columns 'completions' number 1 and 'completions' number 2 are equal as")
+    assert "columns 'completions' number 1 and 'completions' number 2 are equal as" in message
     path = write_jsonl(tmp_path / "some.jsonl", [SCORED, SCORED, RANKING])
     message = refusal(path, tokenizer, ranked=True, read_scores=True, allow_ties=True)
     assert message.startswith(f"{path}, row 3: it has no scores, 2 other rows have: loss_type exo takes them in all")
@@ -618,27 +616,48 @@ def without(row: dict, *keys: str) -> dict:
     return {key: value for key, value in row.items() if key not in keys}
 
 
+USELESS = {
+    "empty": ({**PAIR, "chosen": ""}, "column 'chosen' is empty"),
+    "blank": ({**PAIR, "rejected": " \n"}, "column 'rejected' is empty"),
+    "equal": ({**PAIR, "rejected": " blue"}, "columns 'chosen' and 'rejected' are equal"),
+    "no-rest": ({**CHAT, "chosen": CHAT["prompt"], "rejected": [USER, GREEN]}, "column 'chosen' is empty after the"),
+    "no-messages": ({**CHAT, "rejected": []}, "column 'rejected' is empty"),
+    "empty-message": ({**CHAT, "chosen": [{**BLUE, "content": " "}]}, "column 'chosen' is empty"),
+    "equal-messages": ({**CHAT, "chosen": [GREEN]}, "columns 'chosen' and 'rejected' are equal"),
+    "equal-when-rendered": ({**CHAT, "chosen": [{**GREEN, "id": 7}]}, "columns 'chosen' and 'rejected' are equal as"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*USELESS, *(f"ranking: {name}" for name in USELESS_RANKINGS)])
+def test_a_row_that_teaches_nothing_is_left_out_counted_and_the_first_one_named(name, tmp_path, caplog):
+    is_ranking = name.startswith("ranking: ")
+    useless, expected = USELESS_RANKINGS[name.removeprefix("ranking: ")] if is_ranking else USELESS[name]
+    good = SCORED if "scores" in useless else PAIR if isinstance(useless["chosen"], str) else CHAT
+    path = write_jsonl(tmp_path / "pairs.jsonl", [good, useless, useless, good])
+    kept = prepared(path, make_tokenizer(), ranked=is_ranking)
+    assert kept.to_list() == prepared([good, good], make_tokenizer(), ranked=is_ranking).to_list()
+    assert f"2 of 4 rows of {path} left out: they teach nothing, such as {path}, row 2: {expected}" in caplog.text
+    assert "no row is left; 0 are bad, 1 teach nothing (" + expected in refusal([useless], ranked=is_ranking)
+
+
 BAD = {
+    "prefill": ({**CHAT, "prompt": [USER, GREEN]}, "column 'prompt' ends with an assistant message: a completion must"),
+    "repeated-once": ({**CHAT, "chosen": [USER, BLUE]}, "column 'chosen', message 1 is of role 'user': a completion"),
+    "user-at-the-end": ({**CHAT, "rejected": [GREEN, USER]}, "column 'rejected', message 2 is of role 'user': a compl"),
+    "user-answers": ({**CHAT, "rejected": [{**GREEN, "role": "user"}]}, "column 'rejected', message 1 is of role 'u"),
+    "other-role": ({**CHAT, "chosen": [{**BLUE, "role": "gpt"}]}, "column 'chosen', message 1 has the role 'gpt': wr"),
+    "no-prompt-here": ({**PAIR, "prompt": None}, "column 'prompt' is missing, and other rows have it"),
     "number": ({**PAIR, "chosen": 3}, "column 'chosen' is int: it must be text or a list of messages"),
     "prompt-number": ({**PAIR, "prompt": 3}, "column 'prompt' is int: it must be text or a list of messages"),
     "null": ({**PAIR, "rejected": None}, "column 'rejected' is missing; the row has 'prompt', 'chosen'"),
     "missing": (without(PAIR, "chosen"), "column 'chosen' is missing; the row has 'prompt', 'rejected'"),
-    "empty": ({**PAIR, "chosen": ""}, "column 'chosen' is empty"),
-    "blank": ({**PAIR, "rejected": " \n"}, "column 'rejected' is empty (skip"),
-    "equal": ({**PAIR, "rejected": " blue"}, "columns 'chosen' and 'rejected' are equal"),
     "no-prompt": ({**PAIR, "prompt": ""}, "column 'prompt' is empty and the tokenizer has no BOS"),
-    "no-rest": ({"chosen": [USER, BLUE], "rejected": [USER, BLUE, USER, GREEN]}, "column 'chosen' is empty after the"),
-    "no-words": ({"chosen": "the sky", "rejected": "the "}, "column 'rejected' is empty after the shared prompt"),
     "two-kinds": ({**PAIR, "rejected": [BLUE]}, "columns 'chosen' and 'rejected' differ in kind: both must be"),
     "prompt-kind": ({**PAIR, "prompt": [USER]}, "column 'prompt' is a list of messages but 'chosen' is text: make"),
     "no-role": ({**CHAT, "chosen": [without(BLUE, "role")]}, "column 'chosen', message 1 has no 'role'"),
     "no-content": ({**CHAT, "prompt": [SYSTEM, without(USER, "content")]}, "column 'prompt', message 2 has no 'con"),
     "content-number": ({**CHAT, "rejected": [{**GREEN, "content": 3}]}, "column 'rejected', message 1 has a 'content'"),
     "not-a-message": ({**CHAT, "rejected": [3]}, "column 'rejected', message 1 is int: it must be an object"),
-    "no-messages": ({**CHAT, "rejected": []}, "column 'rejected' is an empty list of messages"),
-    "empty-message": ({**CHAT, "chosen": [{**BLUE, "content": " "}]}, "column 'chosen', message 1 is empty"),
-    "equal-messages": ({**CHAT, "chosen": [GREEN]}, "columns 'chosen' and 'rejected' are equal"),
-    "equal-when-rendered": ({**CHAT, "chosen": [{**GREEN, "id": 7}]}, "columns 'chosen' and 'rejected' are equal as"),
     "broken-tools": ({**CHAT, "tools": "[{"}, "column 'tools' is not valid JSON"),
 }  # fmt: skip
 
@@ -677,11 +696,14 @@ TALKS = [CHAT, {**CHAT, "prompt": [SYSTEM, USER]}]
           for wrong in (5, {"a": "x"}, None, [], "text")),
         ([RANKING], {}, "dataset, row 1: it ranks more than two completions, the loss is one of pairs"),
         ([SCORED], {}, "dataset, row 1: it ranks more than two completions, the loss is one of pairs"),
-        ([*make_rows(5), {**PAIR, "chosen": ""}], {"num_proc": 2}, "dataset, row 6: column 'chosen' is empty"),
+        ([*make_rows(5), {**PAIR, "chosen": None}], {"num_proc": 2}, "dataset, row 6: column 'chosen' is missing"),
+        ([{"chosen": "the sky", "rejected": "the "}], {},
+         "dataset: no row is left; 0 are bad, 1 teach nothing (column 'rejected' is empty after the shared prompt)"),
+        ([PAIR, {**PAIR, "chosen": " blue \ud800"}], {}, "dataset, row 2: 'utf-8' codec can't encode character"),
         (NUMBERS, {}, "dataset, row 1: column 'chosen' is int"),
         (NUMBERS, {"skip_bad_rows": True}, "dataset: no row is left; 3 are bad"),
         ([LONG_PROMPT] * 2, {"max_length": 5, "truncation_mode": "keep_start"},
-         "dataset: no row is left; 0 are bad and of 2 truncation would leave nothing of a completion"),
+         "dataset: no row is left; 0 are bad, 0 teach nothing and of 2 truncation would leave nothing of a completion"),
         ([CHAT], {"tokenizer": make_tokenizer(None)}, "dataset, row 1: it is a conversation and the tok"),
         ([PAIR, CHAT], {"tokenizer": make_tokenizer(None)}, "dataset, row 2: it is a conversation and the tok"),
         *((TALKS, {"tokenizer": make_tokenizer(NO_SYSTEM), "num_proc": number},
@@ -770,6 +792,5 @@ def test_cached_rows_are_not_taken_after_a_change_of_template_or_code(tmp_path, 
 
     tokenizer.chat_template = CHATML
     monkeypatch.setattr(data, "ROWS_VERSION", data.ROWS_VERSION + 1)
-    ids = {"prompt_input_ids": [7], "chosen_input_ids": [8], "rejected_input_ids": [[9]]}
-    monkeypatch.setattr(data, "tokenize_row", lambda *_, **__: ids)
+    monkeypatch.setattr(data, "_prompt_ids", lambda *_, **__: [7])
     assert prepared(path, tokenizer)[0]["prompt_input_ids"] == [7]

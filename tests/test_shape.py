@@ -40,7 +40,8 @@ IMPORTS = {path.stem: siblings(path) for path in FILES}
 
 
 def test_the_data_flows_along_one_straight_line():
-    assert IMPORTS["data"] == IMPORTS["collate"] == IMPORTS["losses"] == set()
+    assert IMPORTS["rows"] == IMPORTS["collate"] == IMPORTS["losses"] == set()
+    assert IMPORTS["data"] == {"rows"}
     assert IMPORTS["logprobs"] <= {"collate"}
     assert IMPORTS["reference"] <= {"logprobs", "collate"}
 

@@ -1,4 +1,4 @@
-"""The theorem: on a table of completions with known rewards each loss ends at the policy that its paper promises.
+"""The theorem: on a table of completions with known rewards a loss ends at the policy that its paper promises.
 
 Three prompts, four completions each, a reference that is not uniform, and preferences in expectation: every pair (or
 ranking) is in the batch, weighted by its probability under the rewards. Nothing is sampled: the policy must get there.

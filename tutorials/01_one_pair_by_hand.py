@@ -3,8 +3,7 @@
 #
 # A language model can be taught by examples of good answers. But often it is easier to *compare* two answers than to
 # write a good one. Direct Preference Optimization (DPO) learns from such comparisons: somebody shows a question and two
-# answers, says which one is better, and the model is changed a little, so that the better one becomes likelier and the
-# worse one less likely.
+# answers and says which is better, and the model is changed a little, so that the better one gains on the worse.
 #
 # In this tutorial one such comparison goes through the whole of it, by hand: text, numbers, a batch, probabilities,
 # the loss, one step of the optimizer. Each stop uses the function that real training uses and prints what comes out.
@@ -20,10 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.collate import DataCollatorForPreference
 from dpo.config import EXAMPLE
-from dpo.data import canonical_row, render_row, tokenize_row
+from dpo.data import render_row, tokenize_row
 from dpo.logprobs import concatenated_forward, sum_by_owner, token_logps
 from dpo.losses import dpo_loss
 from dpo.reference import Reference, frozen_copy
+from dpo.rows import canonical_row
 
 EXAMPLE = EXAMPLE.parent  # the folder dpo/example: a tiny model that writes film reviews, and pairs of its reviews
 tokenizer = AutoTokenizer.from_pretrained(EXAMPLE / "model")
@@ -74,7 +74,8 @@ assert ids["chosen_input_ids"][-1] == ids["rejected_input_ids"][-1] == tokenizer
 #
 # A batch of $B$ pairs is $2B$ sequences, each prompt + completion: first the $B$ chosen ones, then the $B$ rejected
 # ones. Here $B = 1$. Sequences of one batch must have one length $T$, so the shorter one is filled up at its end.
-# `inputs` is what goes into the model; all the rest says what to do with what comes out.
+# `inputs` is what goes into the model, the rest says what to do with what comes out. $M$ is the number of completion
+# tokens in the whole batch: what the model is asked about.
 
 # %%
 collator = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id, layout="padded")
@@ -92,6 +93,27 @@ assert owner.tolist() == [0] * len(ids["chosen_input_ids"]) + [1] * len(ids["rej
 assert int(batch["tokens"]) == 2 * len(ids["prompt_input_ids"]) + int(lengths.sum())
 
 # %% [markdown]
+# The two sequences, row by row: prompt white, completion grey, filling dark. A model that reads a token says what it
+# expects *next*. So the dots, of `logits_to_keep`, stand one to the left of the completion's tokens: the first
+# is at the prompt's last token, and nobody is asked what follows the end.
+
+# %%
+start, shade = len(ids["prompt_input_ids"]), 0.4 + 0.4 * inputs["attention_mask"]
+shade[:, :start] = 1
+figure, axis = plt.subplots(figsize=(12, 2.6), layout="constrained")
+axis.imshow(shade, cmap="gray", vmin=0, vmax=1, aspect="auto")
+for row, column in inputs["attention_mask"].nonzero().tolist():
+    word = tokenizer.decode([inputs["input_ids"][row, column]]).strip()
+    axis.text(column, row, word, rotation=90, ha="center", va="center", fontsize=8)
+for row, column in inputs["logits_to_keep"].nonzero().tolist():
+    axis.plot(column, row + 0.42, marker=".", color="black")
+axis.set_yticks([0, 1], ["chosen", "rejected"])
+axis.set_xlabel("position in the sequence, 0 … T − 1; a dot: what the model says here is used")
+plt.show()
+kept = inputs["logits_to_keep"][0].nonzero().flatten()
+assert kept.tolist() == list(range(start - 1, start - 1 + int(lengths[0])))
+
+# %% [markdown]
 # ## From a batch to probabilities
 #
 # At each position the model gives one number, a *logit* $z_v$, for each token $v$ of its vocabulary of size $V$. They
@@ -100,10 +122,10 @@ assert int(batch["tokens"]) == 2 * len(ids["prompt_input_ids"]) + int(lengths.su
 # $M$ positions; what the model thinks of the prompt does not matter.
 
 # %%
-logits = policy(**inputs, use_cache=False).logits.flatten(0, -2)
+logits = policy(**inputs, use_cache=False).logits
 show("logits", logits, "(M, V): one number for each kept position and each token of the vocabulary")
 log_p = token_logps(logits, targets)
-show("log_p", log_p, "(M,): log probability of the token that comes next, in nats")
+show("log_p", log_p, "(M,): log probability of the token that comes next, in nats (natural logarithms' unit)")
 
 for position, target in list(enumerate(targets.tolist()))[:8]:
     z = logits[position].tolist()
@@ -135,8 +157,8 @@ assert math.isclose(policy_logps["rejected_logps"].item(), rejected_logp, abs_to
 #
 # $$w = \log \frac{\pi(y_w|x)}{\pi_{ref}(y_w|x)} \qquad l = \log \frac{\pi(y_l|x)}{\pi_{ref}(y_l|x)} \qquad h = w - l$$
 #
-# and $h$, the *margin*, says how far the policy has moved towards the preference. At the start both models are one and
-# the same, and all three are 0.
+# and $h$, the *log-ratio margin*, says how far the policy has moved towards the preference. (Times β, which comes next,
+# it is the *reward margin* that logs show.) At the start both models are one and the same, and all three are 0.
 
 # %%
 reference = Reference(policy, frozen_copy(policy))
@@ -152,8 +174,8 @@ assert w == l == h == 0
 #
 # $$L = -\log \sigma(\beta h) \qquad \sigma(z) = \frac{1}{1 + e^{-z}}$$
 #
-# $\sigma$ (sigma), the logistic function, squeezes any number into 0 … 1. $\beta$ (beta), here 0.1, is the length of
-# the leash: the smaller it is, the further the policy may go. Read $\sigma(\beta h)$ as the probability that the policy
+# $\sigma$ (sigma), the logistic function, squeezes any number into 0 … 1. $\beta$ (beta), here 0.1, says how strongly
+# the policy is held: the larger, the shorter the leash. Read $\sigma(\beta h)$ as the probability that the policy
 # would give to this very preference; the loss is its negative logarithm. Where this formula comes from is tutorial 2.
 # At the start, with $h = 0$, the probability is ½ and the loss $\log 2 = 0.6931$. If your own run does not start there,
 # something is wrong with it.
@@ -217,7 +239,7 @@ for _ in range(100):
     optimizer.step()
 with torch.no_grad():
     logits, ref_logits = (model(**inputs, use_cache=False).logits for model in (policy, reference.ref_model))
-    moved = token_logps(logits.flatten(0, -2), targets) - token_logps(ref_logits.flatten(0, -2), targets)
+    moved = token_logps(logits, targets) - token_logps(ref_logits, targets)
     w, l = sum_by_owner(moved, owner, 2).tolist()
 
 figure, axes = plt.subplots(2, 1, figsize=(10, 5.6), layout="constrained", sharey=True)
@@ -230,6 +252,15 @@ for axis, name, ratio, sequence, grey in ((axes[0], "chosen", w, 0, "0.35"), (ax
     axis.set_ylabel("log π − log π_ref  [nats]")
 plt.show()
 assert w > 0 > l
+
+# %% [markdown]
+# Where there was no choice nothing moves: where the reference was sure ("Southern", "is"), so is the policy. What moves
+# is what the rule looks at, "brilliant" against "boring", and what leads to it.
+
+# %%
+sure = token_logps(ref_logits, targets).exp() > 0.9
+print(f"the reference was sure of {int(sure.sum())} tokens: they moved by {moved[sure].abs().max():.4f} nats at most")
+assert moved[sure].abs().max() < 0.01
 
 # %% [markdown]
 # ## Exercises
@@ -249,9 +280,10 @@ def loss_of(w: float, l: float, beta: float) -> float:
 
 
 def force_of(h: float, beta: float) -> float:
-    h = torch.tensor([h], dtype=torch.float64, requires_grad=True)
-    dpo_loss(h, torch.zeros(1), torch.zeros(1), torch.zeros(1), beta=beta)[0].sum().backward()
-    return -h.grad.item()
+    margin = torch.tensor([h], dtype=torch.float64, requires_grad=True)
+    dpo_loss(margin, torch.zeros(1), torch.zeros(1), torch.zeros(1), beta=beta)[0].sum().backward()
+    assert math.isclose(-margin.grad.item(), beta / (1 + math.exp(beta * h)), rel_tol=1e-6)  # β σ(−βh)
+    return -margin.grad.item()
 
 
 answers = {"1": None, "2": None, "2, turned round": None, "3": None}

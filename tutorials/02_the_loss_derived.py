@@ -21,7 +21,7 @@ torch.set_default_dtype(torch.float64)
 answers = ["brilliant", "clever", "quiet", "short", "dull", "awful"]
 r = torch.tensor([2.0, 1.5, 0.5, 0.0, -1.0, -2.0])  # r(y): the reward of each completion, how good it really is
 pi_ref = torch.tensor([0.05, 0.15, 0.20, 0.25, 0.20, 0.15])  # π_ref(y): how likely the model writes it before training
-beta = 1.0
+beta = 0.5
 
 # %% [markdown]
 # ## 1. What we want
@@ -44,7 +44,9 @@ def J(pi: torch.Tensor) -> torch.Tensor:
 
 
 print(f"J of the reference itself: {J(pi_ref).item():.4f}")
-assert kl(pi_ref, pi_ref) == 0 and torch.isclose(J(pi_ref), (pi_ref * r).sum())
+elsewhere = torch.distributions.Dirichlet(torch.ones(6)).sample((1000,))
+assert kl(pi_ref, pi_ref) == 0 and kl(elsewhere, pi_ref).min() > 0
+assert torch.isclose(J(pi_ref), (pi_ref * r).sum())
 
 # %% [markdown]
 # ## 2. The best policy
@@ -54,9 +56,10 @@ assert kl(pi_ref, pi_ref) == 0 and torch.isclose(J(pi_ref), (pi_ref * r).sum())
 # $$\pi^\star(y) = \frac{1}{Z}\, \pi_{ref}(y)\, e^{r(y)/\beta} \qquad Z = \sum_y \pi_{ref}(y)\, e^{r(y)/\beta}$$
 #
 # $Z$, the *partition function*, makes it add up to 1. Why is it the best? Solve this for the reward,
-# $r = \beta \log (\pi^\star / \pi_{ref}) + \beta \log Z$, put that into $J$, and what remains is
+# $r = \beta \log (\pi^\star / \pi_{ref}) + \beta \log Z$, and put that into $J$; $\pi_{ref}$ drops out:
 #
-# $$J(\pi) = \beta \log Z - \beta\, KL(\pi \| \pi^\star)$$
+# $$J(\pi) = \sum_y \pi(y) \left[\beta \log \frac{\pi^\star(y)}{\pi_{ref}(y)} + \beta \log Z
+# - \beta \log \frac{\pi(y)}{\pi_{ref}(y)}\right] = \beta \log Z - \beta\, KL(\pi \| \pi^\star)$$
 #
 # The first part does not depend on $\pi$; the second is never above 0, and is 0 for $\pi = \pi^\star$ alone. We check
 # the identity on 100,000 random policies, and that none of them is better.
@@ -77,7 +80,7 @@ print(f"the best of 100,000 random policies: {J(policies).max().item():.4f}")
 # %%
 figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
 shown = [("π_ref", pi_ref)]
-for value in (3.0, 1.0, 0.3):
+for value in (3.0, 1.0, 0.5):
     tilted = pi_ref * (r / value).exp()
     shown.append((f"π*, β = {value:g}", tilted / tilted.sum()))
 for i, (label, pi) in enumerate(shown):
@@ -141,7 +144,9 @@ for i, j in ((0, 2), (3, 4)):
 #
 # $$h = \log \frac{\pi(y_w)}{\pi_{ref}(y_w)} - \log \frac{\pi(y_l)}{\pi_{ref}(y_l)}$$
 #
-# and its negative logarithm is the loss. (Maximum likelihood: make what was observed as probable as possible.)
+# and its negative logarithm is the loss. (Maximum likelihood: make what was observed as probable as possible.) With
+# many prompts all of this holds for each prompt $x$ by itself: $\pi(y)$ becomes $\pi(y|x)$, rewards and $Z$ belong to
+# the prompt, and the loss is the mean over all pairs. That is the formula of tutorial 1.
 
 # %%
 pi = policies[0]
@@ -161,7 +166,7 @@ for winner, loser in ((0, 5), (5, 0), (2, 3)):
 # The bracket raises the chosen completion and lowers the rejected one. The weight in front is
 # $\sigma(-\beta h) = \sigma(\hat r(y_l) - \hat r(y_w))$, where $\hat r$ is the implicit reward: the probability that
 # the policy itself would choose the wrong one. So a pair that it judges wrongly pulls with full force, one that it has
-# learned hardly at all. Without this weight it would go on raising and lowering, and lose its language.
+# learned hardly at all. (Rafailov et al. report that without the weight a language model degenerates.)
 
 # %%
 logits = torch.randn(6, requires_grad=True)
@@ -177,7 +182,7 @@ h = torch.linspace(-8, 8, 401)
 figure, axis = plt.subplots(figsize=(7, 3.4), layout="constrained")
 axis.plot(h, LOSSES["sigmoid"](h, beta=1.0), color="black", label="loss −log σ(h)")
 axis.plot(h, torch.sigmoid(-h), color="black", linestyle="--", label="weight σ(−h)")
-axis.set_xlabel("margin h, for β = 1  [nats]")
+axis.set_xlabel("log-ratio margin h, for β = 1  [nats]")
 axis.set_ylabel("loss [nats], and weight")
 axis.annotate("judged wrongly:\nfull force", (-5, 1), (-7.5, 2.4), arrowprops={"arrowstyle": "->"})
 axis.annotate("learned:\nleft alone", (5, 0), (4.5, 1.6), arrowprops={"arrowstyle": "->"})
@@ -198,7 +203,7 @@ frequency = torch.sigmoid(r[winners] - r[losers])
 logits = pi_ref.log().clone().requires_grad_()
 optimizer = torch.optim.Adam([logits], lr=0.05)
 distances = []
-for _ in range(300):
+for _ in range(400):
     log_pi = logits.log_softmax(-1)
     ref = pi_ref.log()
     losses, _, _ = dpo_loss(log_pi[winners], log_pi[losers], ref[winners], ref[losers], beta=beta)
@@ -225,21 +230,38 @@ plt.show()
 
 # %% [markdown]
 # The tests hold the same of the whole program: `tests/test_theorem.py` trains a model with `dpo.loop.train` on
-# comparisons drawn in this way, and it ends at the tilted reference.
+# comparisons weighted in this way, and it ends at the tilted reference.
 #
 # ## Exercises
 #
-# Put numbers in the place of `None` and run the cell again.
+# Put numbers in the place of `None` and run the cell again: `dpo_loss`, minimised over the table as above, says.
 #
 # 1. With β = 2, how probable is "brilliant" under π*?
 # 2. If *every* vote goes to the better one, the likelihood has no maximum: $h$ grows for ever. IPO has another loss,
 #    $(h - \frac{1}{2\beta})^2$ for completions of one token. At which $h$ does it stop, for β = 0.1?
-# 3. Two completions have equal rewards, $\pi_{ref}$ of 0.3 and 0.1. What is the ratio of their probabilities under π*?
+# 3. All rewards are equal. What is the ratio of the probabilities of "short" and "brilliant" under π*, for any β?
+
 
 # %%
-mine = {"1": None, "2": None, "3": None}
-tilted, margins = pi_ref * (r / 2).exp(), torch.linspace(0, 10, 1001)
-checked = {"1": (tilted / tilted.sum())[0].item(), "2": margins[LOSSES["ipo"](margins, beta=0.1).argmin()].item()}
-checked["3"] = math.exp(torch.tensor([0.3, 0.1]).log().diff().neg().item())
+def trained_on(rewards: torch.Tensor, beta: float) -> torch.Tensor:
+    """The policy that minimises `dpo_loss` on all comparisons, each as frequent as these rewards make it."""
+    logits, shares = pi_ref.log().clone().requires_grad_(), torch.sigmoid(rewards[winners] - rewards[losers])
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        log_pi = logits.log_softmax(-1)
+        losses, _, _ = dpo_loss(log_pi[winners], log_pi[losers], ref[winners], ref[losers], beta=beta)
+        (shares * losses).mean().backward()
+        return (shares * losses).mean()
+
+    optimizer.step(loss)
+    return logits.detach().softmax(-1)
+
+
+mine, margins = {"1": None, "2": None, "3": None}, torch.linspace(0, 10, 1001)
+equal = trained_on(torch.zeros(6), beta)
+checked = {"1": trained_on(r, 2.0)[0].item(), "2": margins[LOSSES["ipo"](margins, beta=0.1).argmin()].item()}
+checked["3"] = (equal[3] / equal[0]).item()
 for question, answer in mine.items():
     print(f"exercise {question}:", "yet to do" if answer is None else abs(answer - checked[question]) < 1e-3)

@@ -22,7 +22,7 @@ from dpo.distributed import World
 from dpo.logprobs import concatenated_forward
 from dpo.loop import train
 from dpo.losses import dpo_loss
-from dpo.models import load_model, load_tokenizer, make_optimizer
+from dpo.models import add_adapter, load_model, load_tokenizer, make_optimizer
 from dpo.reference import Reference, frozen_copy
 from dpo.sources import load_preferences
 
@@ -39,7 +39,8 @@ model_dir, pairs_file = str(EXAMPLE.parent / "model"), str(EXAMPLE.parent / "tra
 # * The norm of the gradient is cut at 1, so that one odd batch cannot throw the model off.
 #
 # Five numbers describe each step. The *reward* of a completion is $\beta \log \frac{\pi}{\pi_{ref}}$, as tutorial 2 has
-# it; the *accuracy* is the share of pairs whose chosen completion has the higher one.
+# it; the *margin* is the chosen reward minus the rejected one, β·h of tutorial 1; the *accuracy* is the share of pairs
+# whose chosen completion has the higher reward (a tie does not count).
 
 # %%
 beta, learning_rate, batch_size, steps = 0.1, 2e-4, 16, 40
@@ -52,14 +53,14 @@ reference = Reference(policy, frozen_copy(policy))
 collator = DataCollatorForPreference(tokenizer.pad_token_id, layout="padded")
 optimizer = make_optimizer(policy, learning_rate=learning_rate)
 scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=steps // 10, num_training_steps=steps)
-one_process = World(rank=0, size=1, device=torch.device("cpu"))
+one_process = World(rank=0, size=1, device=torch.device("cpu"))  # which process this is, of how many
 
 history = []
 policy.train()
 windows = epoch_windows(rows["length"][:], batch_size=batch_size, shuffle=True, seed=42)[:steps]
-for pairs, (batch,) in load_windows(rows, windows, one_process, collator):
+for pairs, (batch,) in load_windows(rows, windows, one_process, collator):  # 16, and the one batch that holds them
     logps = concatenated_forward(policy, batch)
-    chosen_logps, rejected_logps = logps["chosen_logps"], logps["rejected_logps"]
+    chosen_logps, rejected_logps = logps["chosen_logps"], logps["rejected_logps"]  # (16,) each, as all that follow
     ref_chosen_logps, ref_rejected_logps = reference(batch)
     losses, chosen_rewards, rejected_rewards = dpo_loss(
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=beta
@@ -83,13 +84,15 @@ for pairs, (batch,) in load_windows(rows, windows, one_process, collator):
 for step in (0, 9, 19, 29, 39):
     print(f"step {step + 1:2}  ", "  ".join(f"{key} {value:6.3f}" for key, value in history[step].items()))
 assert abs(history[0]["loss"] - 0.6931472) < 1e-6 and history[0]["rewards/margins"] == 0
+assert history[1]["rewards/margins"] == 0  # the first step's learning rate is 0: the warm-up begins there
 
 # %% [markdown]
 # ## How it went
 #
 # Look at the margin first: it is what the loss wants to grow. Then at the two rewards it is made of. Here the chosen
 # one rises while the rejected one falls, but often *both* fall, the rejected one faster: the loss only sees their
-# difference. If the chosen reward falls far, the model forgets how to write; a larger β, or fewer steps, keeps it home.
+# difference. If the chosen reward falls far, the model may forget how to write; a larger β or fewer steps hold it. At
+# steps 1 and 2 the accuracy is 0, not ½: the policy still is the reference, and all pairs are ties.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
@@ -153,33 +156,41 @@ print(f"{len(history)} rows of metrics: equal")
 #
 # ## Exercises
 #
-# 1. Cut each batch into two halves: forward and backward for one after the other, and one optimizer step. By what must
-#    each half's loss be divided, by its own number of pairs or by that of the whole batch? Try both, and compare the
-#    gradient. (The cell below does it for the first window.)
-# 2. Put another loss in the place of DPO's: `dpo_loss(..., loss_type="ipo")`. Where does its loss start, and why?
-# 3. Train an adapter only: `add_adapter(policy, {"r": 8})` of `dpo.models`, and `Reference(policy)` without a copy. Why
-#    does the reference need no memory now?
+# Put numbers in the place of `None` and run the cell again.
+#
+# 1. Cut a batch of 16 into parts of 4 and 12: forward and backward for one after the other, then one optimizer step. By
+#    what must the *sum* of each part's losses be divided, so that the gradient is that of the whole batch?
+# 2. Put IPO in the place of DPO's loss: `loss_type="ipo"` (with β = 0.1). Where does its loss start?
+# 3. Train an adapter only: `add_adapter(policy, {"r": 8})` of `dpo.models`, and `Reference(policy)` without a copy: the
+#    reference is the policy with its adapter off. How many numbers does it train?
 
 
 # %%
-def gradient_of_halves(divide_by_whole: bool) -> torch.Tensor:
-    """The gradient of the first window's loss, in two micro-batches of 4 and 12 pairs."""
-    model = load_model(model_dir).train()
-    frozen = Reference(model, frozen_copy(model))
-    for part in (windows[0][0][0][:4], windows[0][0][0][4:]):
+mine = {"1": None, "2": None, "3": None}
+
+model = load_model(model_dir).train()
+frozen = Reference(model, frozen_copy(model))
+
+
+def gradient(parts: list[list[int]], divide_by: float) -> torch.Tensor:
+    model.zero_grad()
+    for part in parts:
         batch = collator([rows[i] for i in part])
         logps = concatenated_forward(model, batch)
         losses, _, _ = dpo_loss(logps["chosen_logps"], logps["rejected_logps"], *frozen(batch), beta=beta)
-        (losses.sum() / (batch_size if divide_by_whole else len(part) * 2)).backward()
+        (losses.sum() / divide_by).backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-model = load_model(model_dir).train()
-batch = collator([rows[i] for i in windows[0][0][0]])
-logps = concatenated_forward(model, batch)
-ref_logps = Reference(model, frozen_copy(model))(batch)
-dpo_loss(logps["chosen_logps"], logps["rejected_logps"], *ref_logps, beta=beta)[0].mean().backward()
-whole = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-for divide_by_whole in (True, False):
-    error = (gradient_of_halves(divide_by_whole) - whole).norm() / whole.norm()
-    print(f"divided by the {'whole batch' if divide_by_whole else 'half (mean of means)'}: off by {100 * error:.2f}%")
+numbers = windows[0][0][0]  # of the first step, its one batch, and the one process: 16 row numbers
+whole, parts = gradient([numbers], len(numbers)), [numbers[:4], numbers[4:]]
+checked = {"1": mine["1"] is not None and torch.allclose(gradient(parts, mine["1"]), whole, atol=1e-5)}
+zeros, length = torch.zeros(1), torch.ones(1)
+ipo = dpo_loss(zeros, zeros, zeros, zeros, loss_type="ipo", chosen_lengths=length, rejected_lengths=length, beta=beta)
+checked["2"] = mine["2"] is not None and abs(mine["2"] - ipo[0].item()) < 1e-3
+adapted = add_adapter(model, {"r": 8})
+checked["3"] = mine["3"] == sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+batch = collator([rows[i] for i in numbers])
+assert torch.equal(Reference(adapted)(batch)[0], concatenated_forward(adapted, batch)["chosen_logps"].detach())
+for question, answer in mine.items():
+    print(f"exercise {question}:", "yet to do" if answer is None else checked[question])

@@ -73,8 +73,8 @@ for conversation in conversations[:3]:
 
 # %%
 SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-# The text of a prompt, which ends with <|assistant|>, is exactly the beginning of the text of the whole conversation.
-# DPO relies on that: it tells the prompt's tokens from the completion's by their number.
+# The text of a prompt, which ends with <|assistant|>, is exactly the beginning of the text of the whole conversation:
+# there `make_batch` below tells the prompt's tokens from the completion's, and there DPO cuts the text in two.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"

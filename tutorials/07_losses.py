@@ -1,16 +1,16 @@
 # %% [markdown]
 # # 7. What the losses look like
 #
-# All losses of a pair in `dpo/losses.py` look at the same four numbers: how likely the chosen and the rejected
-# completion are under the policy, and how likely they were under the reference. Most of them look at one number alone
-# that is made of these, the *margin*
+# The losses of a pair in `dpo/losses.py` start from four numbers: how likely the chosen and the rejected completion are
+# under the policy, and how likely they were under the reference (some need the lengths or an offset as well). Most look
+# at one number alone that is made of these, the *log-ratio margin*
 #
 #     h = (log π(y_w|x) − log π_ref(y_w|x)) − (log π(y_l|x) − log π_ref(y_l|x)) = w − l
 #
 # which says how much more the policy has come to prefer the chosen completion than the reference did. Training starts
-# at h = 0, and every loss wants it to grow. What they do not agree on is how much a pair still matters once it is
-# learned (h is large), and how hard to pull at a pair that is wrong (h is negative). The slope of the loss tells: it is
-# the force on the pair. Nothing is trained here; it takes a few seconds.
+# at h = 0, and most losses want it to grow, some only up to a point. What they do not agree on is how much a pair still
+# matters once it is learned (h is large), and how hard to pull at a pair that is wrong (h is negative). The slope of
+# the loss tells: it is the force on the pair. Nothing is trained here; it takes a few seconds.
 
 # %%
 import matplotlib.pyplot as plt
@@ -45,7 +45,7 @@ PANELS = [
     ("χPO", "R = 4", {"loss_type": "chipo", "chipo_clip": 4.0}),
     ("DPO, Jensen–Shannon", "", {"loss_type": "sigmoid", "f_divergence_type": "js_divergence"}),
     ("DPO, forward KL", "", {"loss_type": "sigmoid", "f_divergence_type": "forward_kl"}),
-    ("length-normalised DPO", "length 1", {"loss_type": "sigmoid_norm"}),
+    ("normalised DPO", "length 1", {"loss_type": "sigmoid_norm"}),
     ("SimPO", "length 1, γ = 1", {"loss_type": "simpo", "simpo_gamma": 1.0}),
     ("ORPO", "length 1, λ = 1", {"loss_type": "orpo", "orpo_lambda": 1.0}),
     ("CPO", "length 1, α = ½", {"loss_type": "cpo", "cpo_alpha": 0.5}),
@@ -105,7 +105,7 @@ for title, setting, options in PANELS:
 #
 # All panels share their axes. Where the dashed slope is near zero the loss leaves a pair alone. Look at the left end:
 # DPO pulls at a pair that is wrong with constant force, IPO and SPPO ever harder, APO and EXO give it up as noise. And
-# at the right end: DPO never quite stops, the hinge stops at once, and IPO and SPPO pull back.
+# at the right end: DPO never quite stops, the hinge stops at once, and IPO, SPPO and NCA pull back.
 
 # %%
 rows, columns = 7, 4
@@ -116,14 +116,14 @@ for axis, (title, setting, _), (losses, slopes) in zip(axes.flat, PANELS, curves
     axis.plot(margins, losses, color="black", linewidth=1.8)
     axis.plot(margins, slopes, color="0.5", linewidth=1.6, linestyle="--")
     axis.set_title(title, fontsize=11, fontweight="bold", loc="left")
-    axis.set_title(setting, fontsize=8, color="0.35", loc="right")
+    axis.set_title(setting, fontsize=8, color="0.2", loc="right")
     axis.set(xlim=(-6, 6), ylim=(-3, 9), xticks=(-4, 0, 4), yticks=(-2, 0, 2, 4, 6, 8))
     axis.spines[["top", "right"]].set_visible(False)
 for axis in axes.flat[len(PANELS) :]:
     axis.set_axis_off()
 for axis in axes.flat[len(PANELS) - columns : len(PANELS)]:  # the lowest of each column
-    axis.set_xlabel("margin h  [nats]")
-    axis.tick_params(labelbottom=True)
+    axis.set_xlabel("log-ratio margin h  [nats]")
+figure.supylabel("loss of a pair [nats], and its slope by h")
 lines = axes[0, 0].get_lines()[-2:]
 figure.legend(lines, ["loss", "its slope"], loc="outside upper center", ncols=2, fontsize=12, frameon=False)
 plt.show()

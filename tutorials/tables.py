@@ -45,6 +45,13 @@ A combination that has no meaning is refused with the reason. How each loss and 
 [tutorial 7](rendered/07_losses.md).
 """
 
+SYMBOLS = """
+
+ε is `label_smoothing`; α, γ, λ, τ and R are the options in the row; π_w is π(y_w|x), π_ref,w its reference, NLL_w is
+−log π_w/|y_w|; Δ is the column `margin` of the dataset, and β_r (`exo_beta_r`) the temperature of its
+column `scores`; δ is the running mean of all rewards; a ranking has K completions, y₁ the best, with rewards r₁ … r_K.
+"""
+
 
 def losses_page() -> str:
     rows = []
@@ -67,6 +74,7 @@ def losses_page() -> str:
         "with `f_divergence_type`": WITH_F_DIVERGENCE,
     }
     listed = "\n".join(f"- {what}: {', '.join(f'`{name}`' for name in names)}" for what, names in groups.items())
+    notation += SYMBOLS
     header = "| `loss_type` | name | formula | in a word | options | source |"
     return f"# The losses\n\n{MADE}\n{notation}\n\n{table(header, rows)}\n{listed}\n{MODIFIERS}"
 

@@ -1,0 +1,187 @@
+"""The files of a run: one run in an output_dir, folders that are whole or absent, nothing touched that no run wrote.
+
+run.json in output_dir says how far its run has come and which files there are a run's; manifest.json in a checkpoint
+has the size and the SHA-256 of each of its files.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+from dpo.data import first_line
+from dpo.distributed import World, barrier
+
+logger = logging.getLogger("dpo")
+RUN, LOCK, MANIFEST = "run.json", "run.lock", "manifest.json"
+WRITTEN = ["metrics.jsonl", "samples.jsonl", "config.yaml", "rewards.png", "README.md"]  # beside the model's files
+# What a model and its tokenizer may consist of.
+OF_MODELS = """*.safetensors *.safetensors.index.json *.bin *.pt *.pth *.gguf config.json generation_config.json
+adapter_* tokenizer* special_tokens_map.json added_tokens.json chat_template* vocab* merges.txt manifest.json"""
+
+
+# ----------------------------------------------------------------------------------------------- whose output_dir it is
+
+
+def run_in(output_dir: Path) -> dict | None:
+    """What run.json says: {"status": "training" or "finished", "step", "steps", "files": names}; None without a run."""
+    try:
+        run = json.loads((output_dir / RUN).read_text(encoding="utf-8"))
+        return run if {"status", "step", "steps", "files"} <= run.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def check_output(output_dir: Path, sources: dict[str, str]) -> None:
+    """Refuses an output_dir that cannot be written to, in which a source (a local path by its option's name) lies, or
+    that holds files which a run would replace and no run wrote. Touches nothing."""
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists() or path.is_symlink())
+    if not existing.is_dir():
+        raise ValueError(f"output_dir {output_dir}: {existing} is not a directory: name another output_dir")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir {output_dir}: {existing} cannot be written to: name another output_dir")
+    for option, source in sources.items():
+        path = Path(source).expanduser()
+        if path.exists() and output_dir.resolve() in (path.resolve(), *path.resolve().parents):
+            raise ValueError(f"{option} {source} lies in output_dir {output_dir}, which a run replaces: name another")
+    ours = (run_in(output_dir) or {"files": []})["files"]
+    patterns = [*WRITTEN, *OF_MODELS.split()]
+    foreign = {path.name for pattern in patterns for path in output_dir.glob(pattern)} - set(ours)
+    if foreign:
+        listed = ", ".join(sorted(foreign)[:3])
+        raise ValueError(f"output_dir {output_dir} holds what no run of dpo.loop wrote ({listed}): name another")
+
+
+def lock(output_dir: Path):
+    """Keeps other processes' runs out of output_dir while this one lives. Returns the open file that does it.
+
+    The lock is the process's: it ends with it however it ends, and child processes do not inherit it.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    file = (output_dir / LOCK).open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ValueError(f"output_dir {output_dir} is in use by another run: wait for it, or name another") from error
+    return file
+
+
+def write_run(output_dir: Path, *, status: str, step: int, steps: int, files: list[str]) -> None:
+    content = {"status": status, "step": step, "steps": steps, "files": sorted(set(files))}
+    write_whole(output_dir / RUN, json.dumps(content, indent=1) + "\n")
+
+
+def clear_run(output_dir: Path) -> None:
+    """Removes what run.json says a run wrote, apart from its checkpoints; and what one left unfinished."""
+    for name in (run_in(output_dir) or {"files": []})["files"]:
+        if Path(name).name == name and (output_dir / name).is_file():
+            (output_dir / name).unlink()
+    for path in (*output_dir.glob("*.unfinished"), output_dir / "model.finished"):
+        shutil.rmtree(path, ignore_errors=True)
+    (output_dir / RUN).unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------ all of it, or nothing
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file aside and renames it: whoever reads it finds the old text or the new."""
+    aside = path.with_name(path.name + ".unfinished")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
+    sync(path.parent)
+
+
+@contextmanager
+def written_aside(directory: Path, world: World):
+    """A folder to write into, in every process. When the block is done and all of it is on the disk, sealed, it takes
+    the name directory; if anything fails it is removed. Raises: ValueError then, in one line."""
+    unfinished, first = directory.with_name(directory.name + ".unfinished"), world.rank == 0
+    try:
+        if first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        barrier(world)
+        yield unfinished
+        barrier(world)
+        if first:
+            seal(unfinished)
+            if directory.is_dir() and (directory / MANIFEST).exists():
+                shutil.rmtree(directory)
+            elif directory.exists() or directory.is_symlink():  # no run's: it is kept, under another name
+                directory.rename(free_name(directory))
+            unfinished.rename(directory)
+            sync(directory.parent)
+        barrier(world)
+    except Exception as error:  # a full disk is an OSError, torch's RuntimeError, or safetensors' own
+        if first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise ValueError(f"{directory} could not be written: {first_line(error)}") from error
+
+
+def free_name(path: Path) -> Path:
+    number = next(number for number in range(1, 10**6) if not path.with_name(f"{path.name}.other-{number}").exists())
+    return path.with_name(f"{path.name}.other-{number}")
+
+
+def move_into(source: Path, output_dir: Path, *, announce: Callable[[list[str]], None]) -> list[str]:
+    """Moves a model's sealed files from a folder into output_dir, config files last: without them nothing loads what
+    would be half a model. announce is told the names before the first one moves. Returns: the names."""
+    names = [path.name for path in source.iterdir()]
+    announce(names)
+    for name in sorted(names, key=lambda name: (name == MANIFEST, name.endswith("config.json"), name)):
+        (source / name).replace(output_dir / name)
+    source.rmdir()
+    sync(output_dir)
+    return names
+
+
+def seal(directory: Path) -> None:
+    """Puts every file of a folder on the disk, and their sizes and checksums into its manifest.json."""
+    files = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        files[str(path.relative_to(directory))] = [path.stat().st_size, checksum(path)]
+        sync(path)
+    write_whole(directory / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
+    for path in (*(path for path in directory.rglob("*") if path.is_dir()), directory):
+        sync(path)
+
+
+def problem_of(directory: Path) -> str | None:
+    """What is wrong with a sealed folder, in a few words; None if each file is as it was written."""
+    try:
+        files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, (size, digest) in files.items():
+            path = directory / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size or checksum(path) != digest:
+                return f"{name} is not as it was written"
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its {MANIFEST} cannot be read: {first_line(error)}"
+    return None
+
+
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk: a rename may else come there before the data."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
