@@ -433,6 +433,10 @@ def read_config(path: Path) -> dict:
         text = path.read_text(encoding="utf-8")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
             raise UserError(f"--config {path} has an alias (*name): write the value out")  # they can nest without end
+        node = yaml.compose(text)
+        names = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        if len(set(map(str, names))) < len(names):
+            raise UserError(f"--config {path} has {max(names, key=names.count)} twice: keep one")
         values = yaml.safe_load(text) or {}
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from error
@@ -441,7 +445,9 @@ def read_config(path: Path) -> dict:
     except RecursionError as error:
         raise UserError(f"--config {path} is nested too deeply: write lines of the form name: value") from error
     except yaml.YAMLError as error:
-        raise UserError(f"--config {path} is not YAML: {' '.join(str(error).split())}") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"--config {path}{where}: not YAML: {getattr(error, 'problem', error)}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must hold lines of the form name: value")
     known = {f.name for f in dataclasses.fields(DPOConfig)}

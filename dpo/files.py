@@ -14,8 +14,8 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-from dpo.data import first_line
 from dpo.distributed import World, barrier
+from dpo.rows import first_line
 
 logger = logging.getLogger("dpo")
 RUN, LOCK, MANIFEST = "run.json", "run.lock", "manifest.json"

@@ -379,6 +379,7 @@ def save(run: Run, *, only_model: bool = False) -> None:
     if run.world.rank == 0:
         best = run.state.best and run.state.best["step"]
         checkpoint.prune_checkpoints(run.output_dir, run.args.save_total_limit, best)
+        note_files(run, "training")
 
 
 def leave(run: Run, number: int) -> None:

@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file, has_file
 
-from dpo.data import first_line, largest_id
+from dpo.data import largest_id
+from dpo.rows import first_line
 
 
 def load_model(name: str, *, dtype: str = "float32", revision: str = "main", **kwargs) -> torch.nn.Module:
@@ -23,7 +24,7 @@ def load_model(name: str, *, dtype: str = "float32", revision: str = "main", **k
     Raises: ValueError in one line if there is no such model, or its files lack weights that would then be random.
     """
     kwargs = {"dtype": dtype, **{key: value for key, value in kwargs.items() if value is not None}}
-    kwargs |= {"output_loading_info": True}
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does not fit is told below
     base = adapter_base(name, revision)
     try:
         if base is None:
@@ -154,7 +155,12 @@ def check_trainable(model: torch.nn.Module, *, fp16: bool) -> None:
         if settings is not None:
             settings.validate(strict=True)
     except ValueError as error:
-        raise ValueError(f"the model's generation_config cannot be saved: {' '.join(str(error).split())}") from error
+        if settings.do_sample:
+            raise ValueError(
+                f"the model's generation_config cannot be saved: {' '.join(str(error).split())}"
+            ) from error
+        settings.do_sample = True  # a temperature without sampling: what its author meant, and what can be saved
+        check_trainable(model, fp16=fp16)
 
 
 def disable_dropout(model: torch.nn.Module) -> None:

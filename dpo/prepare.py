@@ -21,10 +21,11 @@ from dpo.batches import epoch_windows
 from dpo.checkpoint import TrainingState
 from dpo.collate import NUMBERS, DataCollatorForPreference
 from dpo.config import DPOConfig, UserError
-from dpo.data import fingerprint, first_line, prepare_dataset
+from dpo.data import fingerprint, prepare_dataset
 from dpo.distributed import World
 from dpo.losses import OF_RANKINGS, OVER_THE_BATCH, PARAMETERS, WITH_REFERENCE, dpo_loss, takers
 from dpo.reference import Reference, adapter_starts_at_zero, frozen_copy
+from dpo.rows import first_line
 from dpo.sources import load_preferences
 
 # Another value of any of these makes another run, which cannot go on from a checkpoint.

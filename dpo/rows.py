@@ -214,3 +214,8 @@ def is_several(value) -> bool:
 
 def _is_number(value) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's words, or its name: what fits into a message of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

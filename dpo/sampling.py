@@ -1,5 +1,6 @@
 """Answers sampled from policy and reference side by side, shown, scored and kept: what the rewards mean in words."""
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from pkgutil import resolve_name
@@ -37,7 +38,9 @@ def generate_from_model_and_ref(
     def sample(from_model) -> list[str]:
         with torch.random.fork_rng():  # the same noise for both, and none taken from the training's
             torch.manual_seed(seed)
-            ids = from_model.generate(**prompt, **sampling)
+            # A mixture of experts' balance is worked out over whole sequences, which generation does not have.
+            routed = getattr(from_model.config, "output_router_logits", False)
+            ids = from_model.generate(**prompt, **sampling, **({"output_router_logits": False} if routed else {}))
         return processing_class.batch_decode(ids[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
     model.eval()
@@ -79,8 +82,11 @@ def sample_answers(
 def load_reward(name: str | None) -> Callable[[str, str], float] | None:
     """sample_reward's value, "module:function", as the function (prompt, answer) -> float."""
     try:
-        return resolve_name(name) if name else None
-    except (ImportError, AttributeError, ValueError) as error:
+        reward = resolve_name(name) if name else None
+        if reward is not None:
+            inspect.signature(reward).bind("prompt", "answer")
+        return reward
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ValueError(f"sample_reward {name!r}: {error}; write it module:function") from error
 
 

@@ -20,8 +20,7 @@ from datasets import (
     load_from_disk,
 )
 
-from dpo.data import first_line
-from dpo.rows import canonical_row
+from dpo.rows import canonical_row, first_line
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
 

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from dpo import data, sources
-from dpo.data import prepare_dataset, split_prompt, tokenize_row, truncate_row
+from dpo.conversations import split_prompt
+from dpo.data import prepare_dataset, tokenize_row, truncate_row
 from dpo.sources import load_preferences
 
 PAIR = {"prompt": "the sky is", "chosen": " blue", "rejected": " green"}
@@ -95,7 +96,7 @@ def byte_level_with_prefix_space() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-# ------------------------------------------------------------------------------------------------------------- sources
+# -------------------------------------------------------------------------------------------------------------- sources
 
 
 def write_as(kind: str, rows: list[dict], folder: Path) -> str:
@@ -794,3 +795,186 @@ def test_cached_rows_are_not_taken_after_a_change_of_template_or_code(tmp_path, 
     monkeypatch.setattr(data, "ROWS_VERSION", data.ROWS_VERSION + 1)
     monkeypatch.setattr(data, "_prompt_ids", lambda *_, **__: [7])
     assert prepared(path, tokenizer)[0]["prompt_input_ids"] == [7]
+
+
+# ---------------------------------------------------------------------------------- as a chat user meets it, or refused
+
+GEMMA = (
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+PHI = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
+)
+WITH_TOOLS = "{% if tools %}TOOLS {{ tools | tojson }}{% endif %}" + CHATML.replace(
+    "{{ m['content'] }}",
+    "{{ m['content'] }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+    "{{ c.function.arguments | tojson }}{% endfor %}",
+)
+
+
+def with_tokens(template: str, *tokens: str) -> PreTrainedTokenizerFast:
+    tokenizer = make_tokenizer(template)
+    tokenizer.add_tokens(list(tokens))
+    return tokenizer
+
+
+TURN_ENDS = {
+    "eos": (make_tokenizer(), "<|im_end|>"),
+    "another token": (with_tokens(GEMMA, "<start_of_turn>", "<end_of_turn>"), "<end_of_turn>"),
+    "another, and then eos": (with_tokens(PHI, "<|end|>", "<|user|>", "<|assistant|>"), "<|end|>"),
+    "no token": (
+        make_tokenizer("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"),
+        "<|im_end|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TURN_ENDS)
+def test_a_completion_ends_with_the_token_that_ends_its_turn_and_nothing_behind_it(name):
+    tokenizer, end = TURN_ENDS[name]
+    _, chosen, rejected = texts(tokenizer, prepared([CHAT], tokenizer)[0])
+    assert chosen.endswith("blue" + end) or (name == "no token" and chosen.endswith("blue\n" + end))
+    assert rejected.count(end) == 1 and rejected.endswith(end)
+
+
+@pytest.mark.parametrize("name", ["eos", "another token", "another, and then eos"])
+def test_of_several_turns_the_assistants_words_are_scored_and_no_others(name):
+    tokenizer, end = TURN_ENDS[name]
+    more = [BLUE, {"role": "user", "content": "why?"}, {"role": "assistant", "content": "it looks warm"}]
+    row = prepared([{**CHAT, "chosen": more}, CHAT], tokenizer)[0]
+    ids, scored = row["chosen_input_ids"], row["scored"]
+    assert [len(mask) for mask in scored] == [len(ids), len(row["rejected_input_ids"])] and all(scored[1])
+    seen = words(tokenizer, [token for token, is_scored in zip(ids, scored[0], strict=True) if is_scored])
+    assert seen == f"blue{end}it looks warm{end}" and "why?" in words(tokenizer, ids)
+    assert "scored" not in prepared([CHAT], tokenizer).column_names  # where all is, nothing has to be said
+
+
+CALL = {"role": "assistant", "content": ""}
+
+
+def call(arguments) -> list[dict]:
+    return [{**CALL, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": arguments}}]}]
+
+
+@pytest.mark.parametrize("source", ["list", "file"])
+@pytest.mark.parametrize("arguments", [{"a": 1, "b": None}, {"a": [None, {"c": None}]}, {}, {"x": "é"}])
+def test_tool_calls_are_rendered_as_objects_with_all_that_they_hold(source, arguments, tmp_path):
+    tokenizer = make_tokenizer(WITH_TOOLS)
+    rows = [{**CHAT, "chosen": call(given)} for given in (arguments, json.dumps(arguments))]
+    for row in rows:
+        done = prepared([row, {**CHAT, "chosen": call({"other": 1})}] if source == "list" else
+                        write_jsonl(tmp_path / f"{id(row)}.jsonl", [row]), tokenizer)  # fmt: skip
+        said = texts(tokenizer, done[0])[1].removeprefix("f").removesuffix("<|im_end|>")
+        assert json.loads(said) == arguments
+
+
+def test_variables_of_the_chat_template_come_from_the_option_and_from_the_row():
+    tokenizer = make_tokenizer("{{ mood | default('calm') }} " + CHATML)
+    rows = [CHAT, {**CHAT, "chat_template_kwargs": {"mood": "loud"}}]
+    for options, expected in (({}, ["calm", "loud"]), ({"chat_template_kwargs": {"mood": "dark"}}, ["dark", "loud"])):
+        assert [texts(tokenizer, row)[0].split()[0] for row in prepared(rows, tokenizer, **options)] == [
+            f"{mood}" for mood in expected
+        ]
+
+
+def test_messages_stored_as_text_are_messages():
+    as_text = [{key: write(value) for key, value in CHAT.items()} for write in (json.dumps, str)]
+    expected = prepared([CHAT], CHAT_TOKENIZER)[0]
+    assert all(row == expected for row in prepared(as_text, CHAT_TOKENIZER))
+    code = {"prompt": "the sky", "chosen": ' [{"blue": 1}]', "rejected": " green"}  # JSON that is an answer stays text
+    assert texts(CHAT_TOKENIZER, prepared([code], CHAT_TOKENIZER)[0])[1] == ' [{"blue": 1}]<|im_end|>'
+
+
+BARE = {"chosen": " blue", "rejected": " green"}
+PANDAS = "[{'content': 'sky?', 'role': 'user'}\n {'content': 'well?', 'role': 'user'}]"
+NO_SYSTEM_SAID = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+UNSAID = {
+    **{column: ({**BARE, column: "sky?"}, {}, f"column {column!r} has what seems to be the prompt")
+       for column in ("question", "Prompt", "instruction", "Question", "query")},
+    "system": ({**PAIR, "system": "be brief"}, {}, "column 'system' stands beside 'prompt'"),
+    "tool calls": ({**CHAT, "chosen": call({"a": 1})}, {}, "column 'chosen', message 1: the chat template leaves out its"),
+    "reasoning": ({**CHAT, "rejected": [{**GREEN, "reasoning_content": "hm"}]}, {},
+                  "column 'rejected', message 1: the chat template leaves out its reasoning_content"),
+    "tools": ({**CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]}, {},
+              "column 'tools': the chat template leaves tools out"),
+    "system message": ({**CHAT, "prompt": [SYSTEM, USER]}, {"tokenizer": make_tokenizer(NO_SYSTEM_SAID)},
+                       "column 'prompt', message 1: the chat template leaves out its content"),
+    "broken arguments": ({**CHAT, "chosen": call("{")}, {}, "a tool call's arguments are not JSON"),
+    "messages of pandas": ({**CHAT, "prompt": PANDAS}, {}, "column 'prompt' looks like messages stored as text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNSAID)
+def test_a_row_of_which_something_would_not_be_trained_is_refused(name):
+    row, options, expected = UNSAID[name]
+    assert refusal([row, row], **options).startswith(f"dataset, row 1: {expected}")
+
+
+def test_a_column_that_repeats_what_is_trained_does_no_harm(tokenizer):
+    talk = {"chosen": [USER, BLUE], "rejected": [USER, GREEN], "question": "sky?", "system": ""}
+    assert prepared([talk], tokenizer)[0] == prepared([CHAT], tokenizer)[0]
+    assert len(prepared([{**PAIR, "question": "another", "input": "x"}], tokenizer)) == 1
+    assert "trains on text alone" in refusal([{**PAIR, "images": ["a.png"]}])
+
+
+@pytest.mark.parametrize("name", ["pairs[1].jsonl", "a*b.jsonl", "what?.jsonl", "a b.jsonl"])
+def test_a_file_is_read_by_its_name_and_not_by_a_pattern(name, tmp_path):
+    for other in ("pairs1.jsonl", "aXb.jsonl", "whatX.jsonl"):
+        write_jsonl(tmp_path / other, [{**PAIR, "prompt": "another"}])
+    assert rows_of(write_jsonl(tmp_path / name, [PAIR])) == [PAIR]
+
+
+def test_a_slice_cuts_a_local_source_and_a_split_that_is_not_there_is_refused(tmp_path):
+    rows = make_rows(5)
+    path = write_jsonl(tmp_path / "train.jsonl", rows)
+    for split, expected in (("train[:2]", rows[:2]), ("train[3:]", rows[3:]), ("train[-1:]", rows[-1:])):
+        assert rows_of(path, split=split) == rows_of(tmp_path, split=split) == rows_of(rows, split=split) == expected
+    assert "has no split 'validation'" in refusal(path, split="validation")
+    assert "split 'train[:x]'" in refusal(path, split="train[:x]")
+
+
+UNREADABLE = {
+    "cp1252.csv": ("prompt,chosen,rejected\ncaf\xe9, a, b\n".encode("cp1252"), "is not UTF-8 (byte 27) but another"),
+    "utf16.jsonl": (LINE.encode("utf-16"), "is not UTF-8 (byte 1) but UTF-16: save it as UTF-8"),
+    "null.json": (b"null", "line 1: is not a JSON object"),
+    "null.jsonl": (b"null\nnull\n", "line 1: is not a JSON object"),
+    "deep.json": (b"[" * 100_000, "line 1: nested too deeply"),
+    "deep.jsonl": (b'{"prompt": ' + b"[" * 5000 + b"]" * 5000 + b"}\n", "line 1: nested too deeply"),
+    "cut.jsonl.gz": (gzip.compress(LINE.encode() * 999)[:60], "cannot be read: Compressed file ended"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_a_file_in_another_encoding_nested_without_end_or_cut_is_named(name, tmp_path):
+    content, expected = UNREADABLE[name]
+    (tmp_path / name).write_bytes(content)
+    assert f"{name}" in (message := refusal(tmp_path / name)) and expected in message
+
+
+def test_the_index_that_pandas_writes_is_no_part_of_a_row(tmp_path):
+    (tmp_path / "pairs.csv").write_text(",prompt,chosen,rejected\n0,the sky is, blue, green\n")
+    assert prepared(tmp_path / "pairs.csv", CHAT_TOKENIZER)[0] == prepared([PAIR], CHAT_TOKENIZER)[0]
+
+
+CHARACTERS = st.text(st.characters(exclude_categories=[]), max_size=8)
+VALUES = st.one_of(CHARACTERS, st.none(), st.integers(), st.booleans(), st.floats(), st.just(" blue"))
+MESSAGES = st.lists(
+    st.fixed_dictionaries({}, optional={"role": st.sampled_from(["user", "assistant", "system", "gpt", 3]),
+                                        "content": VALUES, "tool_calls": st.sampled_from([None, [], [3], call("{}")])}),
+    max_size=3,
+)  # fmt: skip
+COLUMNS = st.one_of(VALUES, MESSAGES, st.lists(st.one_of(VALUES, MESSAGES), max_size=3))
+NAMES = ["prompt", "chosen", "rejected", "tools", "completions", "scores", "weight", "question", "chat_template_kwargs"]
+
+
+@given(rows=st.lists(st.dictionaries(st.sampled_from(NAMES), COLUMNS, min_size=2), min_size=1, max_size=3))
+def test_any_rows_become_whole_token_ids_or_one_line(rows):
+    try:
+        done = prepared(rows, CHAT_TOKENIZER, ranked=True)
+    except ValueError as error:
+        assert str(error).strip() and "\n" not in str(error)
+        return
+    for row in done:
+        assert row["prompt_input_ids"] and row["chosen_input_ids"] and all(row["rejected_input_ids"])

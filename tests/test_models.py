@@ -1,12 +1,16 @@
 """What a policy is made of: how models and tokenizers are loaded, adapters added, dropout switched off."""
 
+import json
+import os
+
 import pytest
 import torch
 from conftest import make_model, make_rows, make_tokenizer, same, start, weights
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, GPT2Config
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, GPT2Config, TrainerCallback
 
-from dpo.config import DPOConfig
+from dpo.config import DPOConfig, UserError
 from dpo.loop import train
 from dpo.models import disable_dropout, load_model, load_tokenizer, make_optimizer
 
@@ -93,7 +97,7 @@ def test_weight_decay_spares_norms():
     assert all(parameter.ndim == 1 for parameter in groups[1]["params"]) and len(groups[1]["params"]) == 5
 
 
-# ------------------------------------------------------------------------------------------------ adapters and dropout
+# ------------------------------------------------------------------------------------------------- adapters and dropout
 
 
 def test_lora_options_shape_the_adapter(tmp_path):
@@ -149,3 +153,132 @@ def test_disable_dropout_leaves_an_adapter_its_own(tmp_path, model_dir):
         dropouts = {module.p for name, module in model.named_modules() if name.endswith("lora_dropout.default")}
         assert dropouts == {0.25} and model.peft_config["default"].lora_dropout == 0.25
         assert model.get_base_model().model.layers[0].self_attn.attention_dropout == 0
+
+
+# --------------------------------------------------------------------------------------------------- folders gone wrong
+
+
+def of_weights(change):
+    """Changes the weights of a model folder."""
+
+    def apply(folder):
+        path = folder / "model.safetensors"
+        save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+    return apply
+
+
+def of_config(**changes):
+    def apply(folder):
+        config = json.loads((folder / "config.json").read_text())
+        config.pop("layer_types", None)
+        (folder / "config.json").write_text(json.dumps(config | changes))
+
+    return apply
+
+
+def with_nan(weights):
+    weights["lm_head.weight"][3, 4] = float("nan")
+    return weights
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1\n"
+BROKEN = {
+    "compiled": (of_weights(lambda w: {f"_orig_mod.{k}": v for k, v in w.items()}), "lack .* but _orig_mod.lm_head"),
+    "wrapped": (of_weights(lambda w: {f"module.{k}": v for k, v in w.items()}), "lack weights .* but module.lm_"),
+    "one missing": (of_weights(lambda w: {k: v for k, v in w.items() if "1.mlp.up" not in k}), "layers.1.mlp.up_proj"),
+    "more layers": (of_config(num_hidden_layers=3), "lack weights that fit: model.layers.2"),
+    "other shapes": (of_config(intermediate_size=64), "lack weights that fit: model.layers.0.mlp"),
+    "not finite": (of_weights(with_nan), "is broken: the weights of lm_head.weight are not all finite"),
+    "cut": (lambda folder: os.truncate(folder / "model.safetensors", 1000), "cannot load the model"),
+    "pointer": (lambda folder: (folder / "model.safetensors").write_text(POINTER), "cannot load the model"),
+    "no config": (lambda folder: (folder / "config.json").write_text("{"), "cannot load the model"),
+    "adapter": (lambda folder: (folder / "adapter_config.json").write_text("garbage"), "names no base model"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_model_folder_that_is_not_whole_is_refused_in_one_line(name, tmp_path):
+    make_model().save_pretrained(tmp_path)
+    change, words = BROKEN[name]
+    change(tmp_path)
+    with pytest.raises(ValueError, match=words) as refused:
+        load_model(str(tmp_path))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("missing", ["weights", "all but one"])
+def test_an_adapter_without_all_of_its_weights_is_refused(missing, tmp_path):
+    make_model().save_pretrained(tmp_path / "base")
+    get_peft_model(load_model(str(tmp_path / "base")), LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    saved = load_file(path)
+    assert isinstance(load_model(str(tmp_path)), PeftModel)
+    save_file({f"x.{k}": v for k, v in saved.items()} if missing == "weights" else dict([saved.popitem()]), path)
+    with pytest.raises(ValueError, match="lack weights that fit: .*lora_"):
+        load_model(str(tmp_path))
+
+
+def test_an_adapter_of_a_resized_vocabulary_is_loaded_as_it_was_trained(tmp_path):
+    make_model().save_pretrained(tmp_path / "base")
+    model = load_model(str(tmp_path / "base"))
+    model.resize_token_embeddings(410)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False))
+    adapted.save_pretrained(tmp_path)
+    loaded, ids = load_model(str(tmp_path)), torch.tensor([[1, 409, 5]])
+    assert torch.equal(loaded(ids).logits, adapted.eval()(ids).logits)
+
+
+def test_rows_with_ids_that_the_model_has_not_are_refused(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"<{i}>" for i in range(100)])
+    rows = [{"prompt": "the sky", "chosen": " <99>", "rejected": " green"}]
+    model = make_model(vocab_size=len(tokenizer) - 1)
+    with pytest.raises(
+        ValueError, match=f"gives the id {len(tokenizer) - 1}, the model knows {len(tokenizer) - 1} tok"
+    ):
+        train(model, args=DPOConfig(output_dir=str(tmp_path)), train_dataset=rows, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="gives the id 100000, the model knows 400 tokens"):
+        start(tmp_path, padding_value=100_000)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"peft_config": {"target_modules": ["q_proj", "vproj"]}}, "target_modules 'vproj' is no module .* v_proj"),
+        ({"peft_config": {"modules_to_save": ["head"]}}, "modules_to_save 'head' is no module of the model: it has"),
+        ({"peft_config": {"rank": 3}}, "peft_config: .*unexpected keyword argument 'rank'"),
+        ({"fp16": True, "model": make_model().half()}, "fp16 needs float32 weights, .* is in float16"),
+        ({"model": make_model().requires_grad_(False)}, "no parameter that trains"),
+        ({"callbacks": [TrainerCallback()]}, "callbacks are functions of a metrics row, not TrainerCallback"),
+        ({"eval_rows": make_rows(2)}, "eval_dataset does nothing without an eval_strategy"),
+        ({"ddp_backend": "gloo"}, "ddp_backend does nothing in a single process"),
+        ({"torch_compile": True, "torch_compile_backend": "fast"}, "torch_compile_backend 'fast': choose one of"),
+        ({"torch_compile": True, "torch_compile_mode": "fast"}, "torch_compile_mode 'fast': choose one of default"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"reentrant": 1}}, "has 'reentrant', which"),
+        ({"lr_scheduler_kwargs": {"foo": 1}}, "lr_scheduler_type linear with .*unexpected keyword argument 'foo'"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "cosine_with_min_lr with .*min_lr"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "warmup_stable_decay with .*num_decay_steps"),
+        ({"ref_model_init_kwargs": {"a": 1}}, "ref_model_init_kwargs does nothing without a reference"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_anything_is_written(options, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        start(tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_forward_that_would_tie_the_reference_to_the_policy_is_refused(tmp_path):
+    model = make_model()
+    original = model.forward
+    model.forward = lambda **inputs: original(**inputs)
+    with pytest.raises(UserError, match="the forward of LlamaForCausalLM was replaced"):
+        start(tmp_path, model=model)
+    start(tmp_path, model=model, ref_model=make_model(), max_steps=1)  # a reference of its own is none of the policy's
+
+
+def test_settings_for_generation_that_cannot_be_saved_do_not_cost_the_trained_weights(tmp_path):
+    model = make_model()
+    model.generation_config.temperature, model.generation_config.do_sample = 0.5, False
+    start(tmp_path, model=model, max_steps=1)
+    assert (tmp_path / "model.safetensors").exists()

@@ -41,7 +41,7 @@ IMPORTS = {path.stem: siblings(path) for path in FILES}
 
 def test_the_data_flows_along_one_straight_line():
     assert IMPORTS["rows"] == IMPORTS["collate"] == IMPORTS["losses"] == set()
-    assert IMPORTS["data"] == {"rows"}
+    assert IMPORTS["conversations"] == {"rows"} and IMPORTS["data"] == {"rows", "conversations"}
     assert IMPORTS["logprobs"] <= {"collate"}
     assert IMPORTS["reference"] <= {"logprobs", "collate"}
 

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.collate import DataCollatorForPreference
 from dpo.config import EXAMPLE
-from dpo.data import render_row, tokenize_row
+from dpo.conversations import render_row
+from dpo.data import tokenize_row
 from dpo.logprobs import concatenated_forward, sum_by_owner, token_logps
 from dpo.losses import dpo_loss
 from dpo.reference import Reference, frozen_copy

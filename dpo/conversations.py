@@ -1,0 +1,202 @@
+"""From conversation to text: the prompt that completions share, and what a chat template makes of them.
+
+A row is trained as a chat user would meet it, or refused: the assistant's words are scored and those of others are not,
+a turn ends with the token that ends it, and nothing that the row says is left out.
+"""
+
+import functools
+import json
+import os
+
+from dpo.rows import NothingToLearn, column_of, first_line
+
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message beside its content
+
+
+def split_prompt(prompt: str | list[dict] | None, completions: list) -> tuple[str | list[dict], list]:
+    """(prompt, completions), each apart from the other, whether or not the row has a prompt of its own.
+
+    An implicit prompt is the shared start of the completions: their first equal messages, or in text all up to the
+    last "\\n\\nAssistant:" in it (Anthropic's HH format), or else up to the last space before they part.
+    """
+    if isinstance(completions[0], str):
+        if prompt is None:
+            prompt = os.path.commonprefix(completions)
+            turn = prompt.rfind("\n\nAssistant:")
+            # The space stays with the completion, as byte-pair vocabularies have it; a word is never cut in two.
+            cut = turn + len("\n\nAssistant:") if turn >= 0 else max(prompt.rfind(" "), prompt.rfind("\n"), 0)
+            prompt, completions = prompt[:cut], [completion[cut:] for completion in completions]
+        return prompt, completions
+    prompt, *completions = (_with_parsed_calls(_without_nulls(value)) for value in (prompt, *completions))
+    if isinstance(prompt, list) and prompt:
+        repeated = all(completion[: len(prompt)] == prompt for completion in completions)
+        return prompt, [completion[len(prompt) if repeated else 0 :] for completion in completions]
+    parted = (i for i, each in enumerate(zip(*completions, strict=False)) if any(other != each[0] for other in each))
+    shared = next(parted, min(map(len, completions)))
+    start = completions[0][:shared]
+    if prompt and not any(message["role"] == "user" for message in start):
+        start = [{"role": "user", "content": prompt}] + start  # else the conversations repeat a prompt that is text
+    return start, [completion[shared:] for completion in completions]
+
+
+def _with_parsed_calls(messages):
+    """Messages whose tool calls have their arguments as an object: templates write them as JSON, and what is JSON
+    already (OpenAI's form) would be written as a text in quotes."""
+    if not isinstance(messages, list):
+        return messages
+    parsed = []
+    for message in messages:
+        calls = []
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", call)
+            arguments = function.get("arguments") if isinstance(function, dict) else None
+            if isinstance(arguments, str):
+                try:
+                    function = {**function, "arguments": json.loads(arguments or "{}")}
+                except ValueError as error:
+                    raise ValueError(f"a tool call's arguments are not JSON: {error}") from error
+                call = {**call, "function": function} if "function" in call else function
+            calls.append(call)
+        parsed.append({**message, "tool_calls": calls} if calls else message)
+    return parsed
+
+
+def _without_nulls(value):
+    """Drops the keys that a column of a datasets table fills with None; chat templates ask whether a key is there."""
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        kept = {key: item for key, item in value.items() if item is not None}
+        return {key: item if key == "arguments" else _without_nulls(item) for key, item in kept.items()}
+    return value
+
+
+def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = None) -> dict:
+    """A canonical row to text: {"prompt", "completions", "turns", "closed", "templated", "unstable"}.
+
+    Conversations go through the chat template: the prompt with its generation prompt, and each completion as what the
+    whole conversation has beyond that, up to the token that ends the last turn (`closed`; without one an EOS will).
+    A template that renders the whole otherwise than it began (`unstable`) is split where the renderings part.
+
+    Args: chat_template_kwargs, variables of the template; the row's own win over them.
+    Returns: completions, a list of texts, best first; turns, the same cut into (text, whether it is scored): of several
+    messages only what the assistant says is. Raises: ValueError that names the column, where roles are not those of
+    a completion, the template fails, or it leaves out something that the row says.
+    """
+    prompt, completions = split_prompt(row["prompt"], row["completions"])
+    plain = {"closed": False, "templated": False, "unstable": False}
+    if isinstance(completions[0], str):
+        return {"prompt": prompt, "completions": completions, "turns": [[(c, True)] for c in completions], **plain}
+    if getattr(processing_class, "chat_template", None) is None:
+        name = getattr(processing_class, "name_or_path", "")
+        raise ValueError(f"it is a conversation and the tokenizer {name!r} has no chat template: take one that has")
+    _check_roles(row, prompt, completions)
+    options = {"tools": row["tools"], **(chat_template_kwargs or {}), **(row["chat_template_kwargs"] or {})}
+
+    def render(messages: list[dict], **more) -> str:
+        return processing_class.apply_chat_template(messages, tokenize=False, **{**options, **more})
+
+    before, wholes = None, []
+    try:
+        before = render(prompt, add_generation_prompt=True) if prompt else ""
+        for completion in completions:
+            wholes.append(render(prompt + completion))
+    except Exception as error:  # a template is a program of somebody else's: it may raise anything
+        column = "'prompt'" if before is None and row["prompt"] else column_of(row, len(wholes))
+        raise ValueError(f"column {column} does not fit the chat template: {first_line(error)}") from error
+    for rank, (completion, whole) in enumerate(zip(completions, wholes, strict=True)):
+        _check_all_is_rendered(row, rank, prompt, completion, whole, render)
+    start, turns = os.path.commonprefix([before, *wholes]), []
+    end = turn_end(processing_class, processing_class.chat_template)
+    for rank, (completion, whole) in enumerate(zip(completions, wholes, strict=True)):
+        try:
+            turns.append(split_turns(prompt, completion, whole, start, end, render))
+        except ValueError as error:
+            raise ValueError(f"column {column_of(row, rank)} {error}") from error
+    texts = ["".join(text for text, _ in turn) for turn in turns]
+    closed = end is not None and all(whole.endswith(end[0]) for whole in wholes)
+    return {
+        "prompt": start, "completions": texts, "turns": turns, "closed": closed, "templated": True,
+        "unstable": start != before,
+    }  # fmt: skip
+
+
+def split_turns(prompt: list[dict], completion: list[dict], whole: str, start: str, end: tuple | None, render) -> list:
+    """The text of a completion as (text, whether it is scored): the assistant's messages are, each with what ends its
+    turn (see `turn_end`); other roles' messages and what stands between are not."""
+    turns, position = [], len(start)
+    for number, message in enumerate(completion):
+        if message["role"] != "assistant":
+            continue
+        opened, is_last = start, number + 1 == len(completion)
+        if number:
+            opened = render(prompt + completion[:number], add_generation_prompt=True)
+        closed = whole if is_last else render(prompt + completion[: number + 1])
+        stop = len(closed) - (len(end[0]) - len(end[1]) if end and closed.endswith(end[0]) else 0)
+        if not (whole.startswith(opened) and whole.startswith(closed[:stop])):
+            raise ValueError(
+                "has several turns, and the chat template changes a turn when another follows: cut the row"
+            )
+        turns += [(whole[position : len(opened)], False)] if len(opened) > position else []
+        turns.append((whole[len(opened) : stop], True))
+        position = stop
+    return turns
+
+
+@functools.lru_cache(maxsize=8)
+def turn_end(processing_class, _template) -> tuple[str, str] | None:
+    """(what a chat template writes behind an assistant's message, that up to the token which ends the turn); None if no
+    token does. A model writes that token and stops: what the template puts behind it (a newline, an EOS) it never
+    writes, and training on it would only cost nats."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "probe"}]
+    try:
+        tail = processing_class.apply_chat_template(messages, tokenize=False).rpartition("probe")[2]
+    except Exception:  # a template that wants other messages
+        return None
+    ends = [tail.index(token) + len(token) for token in tokenizer.get_added_vocab() if token.strip() and token in tail]
+    return (tail, tail[: min(ends)]) if ends else None
+
+
+def _check_roles(row: dict, prompt: list[dict], completions: list[list[dict]]) -> None:
+    """Refuses conversations that do not part where an assistant answers."""
+    for rank, completion in enumerate(completions):
+        if not completion:
+            raise NothingToLearn(f"column {column_of(row, rank)} is empty after the shared prompt")
+    if prompt and prompt[-1]["role"] == "assistant":
+        where = "column 'prompt'" if isinstance(row["prompt"], list) else "the start that the completions share"
+        raise ValueError(f"{where} ends with an assistant message: a completion must begin with one, move it there")
+    for rank, completion in enumerate(completions):
+        total, column = len(row["completions"][rank]), column_of(row, rank)
+        for number in (total - len(completion), total - 1):
+            role = row["completions"][rank][number]["role"]
+            if role != "assistant":
+                how = "a completion begins and ends with the assistant's"
+                raise ValueError(f"column {column}, message {number + 1} is of role {role!r}: {how}")
+
+
+def _check_all_is_rendered(row: dict, rank: int, prompt: list, completion: list, whole: str, render) -> None:
+    """Refuses a row of which the chat template leaves out a message, a tool call, the reasoning, or the tools."""
+
+    def is_left_out(**changed) -> bool:
+        try:
+            return render(changed.pop("messages", messages), **changed) == whole
+        except Exception:  # it asks for what was taken away
+            return False
+
+    messages, offset = prompt + completion, len(row["completions"][rank]) - len(completion)
+    for number, message in enumerate(messages):
+        in_prompt = number < len(prompt)
+        keys = ("content", "tool_calls") if in_prompt else ("content", "tool_calls", *REASONING)
+        for key in keys:
+            value = message.get(key)
+            if not value or (isinstance(value, str) and value.strip() in whole):
+                continue
+            less = {name: each for name, each in message.items() if name != key}
+            less = {**less, "content": ""} if key == "content" else less
+            if is_left_out(messages=[*messages[:number], less, *messages[number + 1 :]]):
+                column = "'prompt'" if in_prompt else column_of(row, rank)
+                where = f"column {column}, message {number + 1 if in_prompt else number - len(prompt) + offset + 1}"
+                raise ValueError(f"{where}: the chat template leaves out its {key}: take another, or mend the row")
+    if row["tools"] and is_left_out(tools=None):
+        raise ValueError("column 'tools': the chat template leaves tools out: take another, or leave out the column")
