@@ -23,6 +23,25 @@ settings.load_profile("fixed")
 torch.set_num_threads(1)  # tiny models gain nothing from a second
 
 ROOT = Path(__file__).parent.parent
+FAULTS: list[tuple[str, int, int]] = []  # (kind, tries, survived), of tests/test_faults.py
+
+
+def pytest_addoption(parser):
+    parser.addoption("--tries", type=int, default=20, help="how often `pytest -m faults` tries each fault")
+
+
+@pytest.fixture
+def tries(request) -> int:
+    return request.config.getoption("--tries")
+
+
+def pytest_terminal_summary(terminalreporter):
+    if FAULTS:
+        terminalreporter.write_line("\n| fault | tries | survived |\n|---|---|---|")
+        for kind, tried, survived in FAULTS:
+            terminalreporter.write_line(f"| {kind} | {tried} | {survived} |")
+
+
 WORDS = "the sky sea is was looks very quite blue green red grey warm cold dark bright today now here there".split()
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -894,7 +894,7 @@ UNSAID = {
     **{column: ({**BARE, column: "sky?"}, {}, f"column {column!r} has what seems to be the prompt")
        for column in ("question", "Prompt", "instruction", "Question", "query")},
     "system": ({**PAIR, "system": "be brief"}, {}, "column 'system' stands beside 'prompt'"),
-    "tool calls": ({**CHAT, "chosen": call({"a": 1})}, {}, "column 'chosen', message 1: the chat template leaves out its"),
+    "tool calls": ({**CHAT, "chosen": call({"a": 1})}, {}, "column 'chosen', message 1: the chat template leaves o"),
     "reasoning": ({**CHAT, "rejected": [{**GREEN, "reasoning_content": "hm"}]}, {},
                   "column 'rejected', message 1: the chat template leaves out its reasoning_content"),
     "tools": ({**CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]}, {},

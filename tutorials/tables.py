@@ -1,8 +1,8 @@
 """Makes the tables of the documentation from the code: `python tutorials/tables.py` (`--check` only compares).
 
 losses.md comes from the docstrings of the losses, options.md from the fields of DPOConfig, coming_from_trl.md from its
-LEFT_OUT; in README.md the training step and the table of metrics stand between two marks, `<!-- NAME -->` and
-`<!-- end -->`.
+LEFT_OUT, metrics.md from report.METRICS; in README.md the training step stands between two marks, `<!-- train_step -->`
+and `<!-- end -->`.
 """
 
 import dataclasses
@@ -123,7 +123,8 @@ OTHER_DEFAULTS = {
     "report_to": ("none", "the same: metrics.jsonl is always written"),
 }
 OURS_ALONE = """ref_model_name_or_path eval_dataset_name skip_bad_rows layout shuffle simpo_gamma
-orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha chipo_clip exo_beta_r num_samples max_new_tokens sample_reward"""
+orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha chipo_clip exo_beta_r num_samples max_new_tokens sample_reward
+chat_template_kwargs show_rows"""
 # What DPOTrainer takes, and what `dpo.loop.train` has in its place where that is not the same name.
 TRAINER = {
     "callbacks": "functions of a metrics row: there is no Trainer that a TrainerCallback could look into",
@@ -184,6 +185,12 @@ def trl_page() -> str:
 # --------------------------------------------------------------------------------------------------------------- README
 
 
+def metrics_page() -> str:
+    intro = "Losses, rewards and log-probabilities are means over all pairs of all processes since the last row.\n"
+    rows = [(f"`{name}`", meaning) for name, meaning in METRICS.items()]
+    return f"# The metrics\n\n{MADE}\n{intro}\n" + table("| metric | |", rows)
+
+
 def training_step() -> str:
     """`train_step` as it stands in loop.py."""
     return f"```python\n{inspect.getsource(loop.train_step)}```\n"
@@ -191,17 +198,13 @@ def training_step() -> str:
 
 def readme(text: str) -> str:
     """README.md with what stands between its marks made anew."""
-    metrics = table("| metric | |", [(f"`{name}`", meaning) for name, meaning in METRICS.items()])
-    for name, made in {"train_step": training_step(), "metrics": metrics}.items():
-        text = re.sub(
-            rf"(<!-- {name} -->\n).*?(<!-- end -->)", lambda m, made=made: m[1] + made + m[2], text, flags=re.S
-        )
-    return text
+    marked = r"(<!-- train_step -->\n).*?(<!-- end -->)"
+    return re.sub(marked, lambda m: m[1] + training_step() + m[2], text, flags=re.S)
 
 
 def pages() -> dict[Path, str]:
     """All files that are made here, and what they should hold."""
-    made = {HERE / "losses.md": losses_page(), HERE / "options.md": options_page()}
+    made = {HERE / "losses.md": losses_page(), HERE / "options.md": options_page(), HERE / "metrics.md": metrics_page()}
     path = HERE.parent / "README.md"
     return made | {HERE / "coming_from_trl.md": trl_page(), path: readme(path.read_text(encoding="utf-8"))}
 
