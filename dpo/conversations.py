@@ -75,7 +75,7 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
     """A canonical row to text: {"prompt", "completions", "turns", "closed", "templated", "unstable"}.
 
     Conversations go through the chat template: the prompt with its generation prompt, and each completion as what the
-    whole conversation has beyond that, up to the token that ends the last turn (`closed`; without one an EOS will).
+    whole conversation has beyond that, up to the token that ends its last turn (it is `closed`; else an EOS will).
     A template that renders the whole otherwise than it began (`unstable`) is split where the renderings part.
 
     Args: chat_template_kwargs, variables of the template; the row's own win over them.
@@ -84,9 +84,14 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
     a completion, the template fails, or it leaves out something that the row says.
     """
     prompt, completions = split_prompt(row["prompt"], row["completions"])
-    plain = {"closed": False, "templated": False, "unstable": False}
     if isinstance(completions[0], str):
-        return {"prompt": prompt, "completions": completions, "turns": [[(c, True)] for c in completions], **plain}
+        texts, flags = {"prompt": prompt, "completions": completions}, {"templated": False, "unstable": False}
+        return {
+            **texts,
+            "turns": [[(text, True)] for text in completions],
+            "closed": [False] * len(completions),
+            **flags,
+        }
     if getattr(processing_class, "chat_template", None) is None:
         name = getattr(processing_class, "name_or_path", "")
         raise ValueError(f"it is a conversation and the tokenizer {name!r} has no chat template: take one that has")
@@ -107,18 +112,16 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
     for rank, (completion, whole) in enumerate(zip(completions, wholes, strict=True)):
         _check_all_is_rendered(row, rank, prompt, completion, whole, render)
     start, turns = os.path.commonprefix([before, *wholes]), []
-    end = turn_end(processing_class, processing_class.chat_template)
+    end = turn_end(processing_class, str(processing_class.chat_template))
     for rank, (completion, whole) in enumerate(zip(completions, wholes, strict=True)):
         try:
             turns.append(split_turns(prompt, completion, whole, start, end, render))
         except ValueError as error:
             raise ValueError(f"column {column_of(row, rank)} {error}") from error
     texts = ["".join(text for text, _ in turn) for turn in turns]
-    closed = end is not None and all(whole.endswith(end[0]) for whole in wholes)
-    return {
-        "prompt": start, "completions": texts, "turns": turns, "closed": closed, "templated": True,
-        "unstable": start != before,
-    }  # fmt: skip
+    closed = [end is not None and whole.endswith(end[0]) for whole in wholes]
+    texts, flags = {"prompt": start, "completions": texts}, {"templated": True, "unstable": start != before}
+    return {**texts, "turns": turns, "closed": closed, **flags}
 
 
 def split_turns(prompt: list[dict], completion: list[dict], whole: str, start: str, end: tuple | None, render) -> list:

@@ -17,6 +17,7 @@ from dpo.conversations import render_row
 from dpo.rows import NothingToLearn, canonical_row, column_of, is_several
 
 logger = logging.getLogger(__name__)
+NUMBER = r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
 IDS = ("prompt_input_ids", "chosen_input_ids", "rejected_input_ids")
 
 
@@ -252,21 +253,14 @@ def _check_columns(name: str, rows: Dataset) -> None:
 
 
 def _has_numbers(rows: Dataset, column: str) -> bool:
-    """Whether a column has numbers to read: of numbers' type, or text whose first values all are (as in a CSV file)."""
+    """Whether a column has numbers to read, as numbers or (as in a CSV file) as text: whether the first values have."""
     if column not in rows.column_names:
         return False
-    kind = str(getattr(rows.features[column], "dtype", ""))
-    if not kind.startswith(("int", "uint", "float", "string", "large_string", "null")) and "Json" not in str(
-        rows.features
-    ):
-        logger.warning("column %r is no number: it is not read", column)
-        return False
-    if "string" not in kind:
+    values = [value for value in rows.select(range(min(100, len(rows))))[column] if value is not None]
+    if any(isinstance(value, int | float) or isinstance(value, str) and re.match(NUMBER, value) for value in values):
         return True
-    texts = [text for text in rows.select(range(min(100, len(rows))))[column] if text is not None]
-    if any(re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", text) for text in texts):
-        return True
-    logger.warning("column %r is no number: it is not read", column)
+    if values:
+        logger.warning("column %r holds no numbers: it is not read", column)
     return False
 
 
@@ -324,9 +318,8 @@ def _row_to_ids(
         if tokenizer.bos_token_id is None:
             raise ValueError("column 'prompt' is empty and the tokenizer has no BOS token to start from")
         prompt = [tokenizer.bos_token_id]
-    (chosen, *rejected), scored = zip(
-        *(_turn_ids(t, tokenizer, closed=text["closed"]) for t in text["turns"]), strict=True
-    )
+    parts = zip(text["turns"], text["closed"], strict=True)
+    (chosen, *rejected), scored = zip(*(_turn_ids(turns, tokenizer, closed=c) for turns, c in parts), strict=True)
     ids = dict(zip(IDS, (prompt, chosen, rejected), strict=True))
     cut = truncate_row(ids, bos_token_id=tokenizer.bos_token_id, **limits)
     prompt, chosen, rejected = cut.values()

@@ -38,16 +38,17 @@ def run_in(output_dir: Path) -> dict | None:
 
 
 def check_output(output_dir: Path, sources: dict[str, str]) -> None:
-    """Refuses an output_dir that cannot be written to, in which a source (a local path by its option's name) lies, or
-    that holds files which a run would replace and no run wrote. Touches nothing."""
+    """Refuses an output_dir that cannot be written to, that is a source itself (a local path by its option's name) or
+    holds it as a checkpoint, or that holds files which a run would replace and no run wrote. Touches nothing."""
     existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists() or path.is_symlink())
     if not existing.is_dir():
         raise ValueError(f"output_dir {output_dir}: {existing} is not a directory: name another output_dir")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"output_dir {output_dir}: {existing} cannot be written to: name another output_dir")
     for option, source in sources.items():
-        path = Path(source).expanduser()
-        if path.exists() and output_dir.resolve() in (path.resolve(), *path.resolve().parents):
+        path, own = Path(source).expanduser().resolve(), output_dir.resolve()
+        is_checkpoint = own in path.parents and path.relative_to(own).parts[0].startswith("checkpoint-")
+        if path.exists() and (path == own or is_checkpoint):
             raise ValueError(f"{option} {source} lies in output_dir {output_dir}, which a run replaces: name another")
     ours = (run_in(output_dir) or {"files": []})["files"]
     patterns = [*WRITTEN, *OF_MODELS.split()]
@@ -62,8 +63,11 @@ def lock(output_dir: Path):
 
     The lock is the process's: it ends with it however it ends, and child processes do not inherit it.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    file = (output_dir / LOCK).open("a")
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        file = (output_dir / LOCK).open("a")
+    except OSError as error:
+        raise ValueError(f"output_dir {output_dir} cannot be written to: {error.strerror}: name another") from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

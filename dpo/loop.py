@@ -362,7 +362,7 @@ def log(run: Run, progress: dict[str, float]) -> None:
 
 def record(run: Run, row: dict) -> None:
     """Keeps a metrics row, null in place of what is not finite; sends it to metrics.jsonl, trackers and callbacks."""
-    row = {key: value if math.isfinite(value) else None for key, value in row.items()}
+    row = {key: report.plain(value) for key, value in row.items()}
     run.rows.append(row)
     for receive in run.receivers:
         receive(row)
@@ -422,7 +422,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s")
     try:
         run = train(args=parse_args(sys.argv[1:] if argv is None else argv))
-    except UserError as error:
+    except (UserError, OSError) as error:  # a disk may be full, or gone, at any time
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:  # before the first step; later ones are noted
         sys.exit(128 + signal.SIGINT)

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 
@@ -101,7 +102,10 @@ def load_tokenizer(name: str, *, revision: str = "main", trust_remote_code: bool
 def check_rows_fit(model: torch.nn.Module, sets: list, *, padding_value: int) -> None:
     """Refuses tokenised rows that hold token ids which the model has not, or are longer than a model with an embedding
     for each position (GPT-2, OPT) can read."""
-    vocabulary = model.get_input_embeddings().num_embeddings
+    try:
+        vocabulary = model.get_input_embeddings().num_embeddings
+    except (NotImplementedError, AttributeError):  # a model of another make
+        vocabulary = math.inf
     largest = max(padding_value, *map(largest_id, sets))
     if largest >= vocabulary:
         how = "take the model's own tokenizer, or resize_token_embeddings before the training"

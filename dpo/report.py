@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,8 +36,14 @@ METRICS = {  # of metrics.jsonl, in words; losses, rewards and logps are means o
 }
 
 
+def plain(value):
+    """A metric as JSON knows it: numbers of NumPy and torch as Python's, null in place of what is not finite."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def as_line(row: dict) -> str:
-    return json.dumps(row, default=float) + "\n"
+    return json.dumps(row, allow_nan=False) + "\n"
 
 
 def append_row(path: Path, row: dict) -> None:
@@ -182,7 +189,8 @@ def open_trackers(modules: dict, *, run_name: str | None, output_dir: Path, conf
 
     def to_tensorboard(row: dict) -> None:
         for key, value in row.items():
-            writer.add_scalar(key, value, row["step"])
+            if value is not None:
+                writer.add_scalar(key, value, row["step"])
         writer.flush()
 
     trackers = []
@@ -231,7 +239,7 @@ def create_model_card(
     shown = [f"`{name if on_hub[name] else Path(name).name}`" if name else None for name in (model_name, dataset_name)]
     words = {"model": shown[0] or "A language model", "dataset": shown[1] or "given pairs", "title": output_dir.name}
     text = f"---\n{data.to_yaml()}\n---\n" + CARD.format(**words)
-    last = {key: value for row in rows for key, value in row.items()}
+    last = {key: value for row in rows for key, value in row.items() if isinstance(value, int | float)}
     if last:
         text += "\n## Last metrics\n\n| metric | value |\n|---|---|\n"
         text += "".join(f"| {key} | {value:.6g} |\n" for key, value in last.items())

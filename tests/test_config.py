@@ -131,7 +131,7 @@ REFUSED = [
     ("--deepspeed x", "there is no option --deepspeed here"),
     ("--evaluation_strategy no", "use eval_strategy"),
     ("--config nowhere.yaml", "nowhere.yaml: No such file"),
-    ("beta: [", "is not YAML"),
+    ("beta: [", "not YAML"),
     ("- beta", "must hold lines"),
     ("bta: 1", "did you mean beta?"),
     ({"bta": 1}, "there is no option bta: did you mean beta?"),

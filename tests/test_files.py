@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -35,7 +36,7 @@ def make_model_dir(folder):
 # ----------------------------------------------------------------------------------------------- whose output_dir it is
 
 
-@pytest.mark.parametrize("how", ["model", "reference", "link", "inside", "dataset"])
+@pytest.mark.parametrize("how", ["model", "reference", "link", "checkpoint", "dataset"])
 def test_output_dir_is_not_where_the_model_the_reference_or_the_data_lie(how, tmp_path):
     own = make_model_dir(tmp_path / "own")
     (own / "data").mkdir()
@@ -46,9 +47,13 @@ def test_output_dir_is_not_where_the_model_the_reference_or_the_data_lie(how, tm
     options = {"output_dir": str(tmp_path / "link" if how == "link" else own), "overwrite_output_dir": True}
     options |= {"model_name_or_path": str(other if how in ("reference", "dataset") else own)}
     options |= {"ref_model_name_or_path": str(own)} if how == "reference" else {}
-    if how == "inside":
+    if how == "checkpoint":
+        own = own.rename(tmp_path / "checkpoint-3")
         options |= {"output_dir": str(tmp_path), "model_name_or_path": str(own)}
-    rows = str(own / "data") if how == "dataset" else make_rows(3)
+    rows = make_rows(3)
+    if how == "dataset":
+        own = own / "data"
+        options, rows, before = options | {"output_dir": str(own)}, str(own), contents(own)
     with pytest.raises(UserError, match="lies in output_dir .*: name another"):
         train(args=DPOConfig(max_steps=1, disable_tqdm=True, **options), train_dataset=rows)
     assert contents(own) == before
@@ -256,8 +261,9 @@ def test_nothing_that_is_not_finite_is_saved(options, tmp_path):
 
 
 def test_a_metric_that_is_not_finite_is_null_and_never_the_best(tmp_path):
-    values = iter([2.0, float("nan"), 1.0])
+    values = iter([2.0, np.float32("nan"), torch.tensor(1.0)])
     options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, **SAVES}
+    options |= {"report_to": ["tensorboard"]}
     run = start(
         tmp_path, eval_rows=make_rows(3), compute_metrics=lambda _: {"score": next(values)},
         metric_for_best_model="score", greater_is_better=True, **options,
