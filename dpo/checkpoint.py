@@ -111,8 +111,6 @@ def load_weights(directory: Path, model: torch.nn.Module) -> None:
     """Overwrites the weights of model (of its adapter, for PEFT) with those saved in directory."""
     model = unwrap(model)
     if isinstance(model, PeftModel):
-        if (directory / model.active_adapter).is_dir():  # PEFT saves an adapter that has a name in a folder of its own
-            directory = directory / model.active_adapter
         set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"), model.active_adapter)
     else:
         saved = type(model).from_pretrained(directory, dtype=model.dtype)
@@ -185,6 +183,9 @@ def newest_whole(output_dir: Path) -> Path | None:
             logger.warning("%s has the model only (save_only_model): passed over", path)
         else:
             return path
+    if ours and not damaged:
+        ways = "name one as model_name_or_path, or replace the run with overwrite_output_dir"
+        raise ValueError(f"resume_from_checkpoint: the checkpoints in {output_dir} have the model only: {ways}")
     if damaged:
         ways = "remove them to start from the beginning"
         raise ValueError(f"resume_from_checkpoint: {', '.join(damaged)} in {output_dir} are damaged: {ways}")
@@ -202,7 +203,8 @@ def prune_checkpoints(output_dir: Path, limit: int | None, best: int | None) -> 
     found = checkpoints(output_dir)
     surplus = max(0, len(found) - limit) if limit else 0
     for step in [step for step in found if step not in (best, max(found))][:surplus]:
-        shutil.rmtree(found[step])
+        if files.is_sealed(found[step]):
+            shutil.rmtree(found[step])
 
 
 def better_of(best: dict | None, row: dict, *, metric: str, greater: bool) -> dict:
@@ -220,7 +222,7 @@ def clear_output(output_dir: Path, *, step: int) -> None:
     """Removes what an earlier run left in output_dir that could be taken for this one's: the checkpoints beyond the
     step that it goes on from; everything, where it starts anew, at step 0. What no run wrote stays."""
     for number, path in checkpoints(output_dir).items():
-        if number > step or step == 0:
+        if (number > step or step == 0) and files.is_sealed(path):
             shutil.rmtree(path)
     if step == 0:
         files.clear_run(output_dir)

@@ -260,6 +260,10 @@ class DPOConfig:
                 "torch_dtype" in self.model_init_kwargs | self.ref_model_init_kwargs,
                 "torch_dtype in model_init_kwargs or ref_model_init_kwargs: write dtype",
             ),
+            (
+                self.save_only_model and self.resume_from_checkpoint,
+                "save_only_model saves nothing to resume from: leave out one of it and resume_from_checkpoint",
+            ),
             (best and apart, "load_best_model_at_end needs save_steps that are a multiple of eval_steps"),
             (not refers and sync, f"loss_type {named} has no reference: leave out sync_ref_model"),
             (not refers and other, f"loss_type {named} has no reference: leave out ref_model_name_or_path"),
@@ -310,7 +314,7 @@ def _typed(name: str, value, hint):
             return float(value) if float in kinds else int(float(value))
     except UserError:
         raise
-    except (TypeError, ValueError, AttributeError, argparse.ArgumentTypeError):
+    except (TypeError, ValueError, OverflowError, AttributeError, argparse.ArgumentTypeError):
         pass  # said below
     wanted = {bool: "true or false", int: "a whole number", float: "a number", dict: "an object", str: "text"}
     words = " or ".join(wanted.get(kind, "a list") for kind in kinds if kind is not type(None))
@@ -320,7 +324,7 @@ def _typed(name: str, value, hint):
 def _parse_json(name: str, value) -> dict:
     try:
         parsed = json.loads(value)
-    except (TypeError, json.JSONDecodeError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{name} is not JSON: {error}; write it like '{{\"key\": 1}}'") from error
     if not isinstance(parsed, dict):
         raise UserError(f"{name} must be a JSON object, like '{{\"key\": 1}}'")
@@ -442,6 +446,10 @@ def read_config(path: Path) -> dict:
         raise UserError(f"--config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path} is not UTF-8 (byte {error.start + 1}): save it as UTF-8") from error
+    except UserError:
+        raise
+    except (ValueError, OverflowError) as error:  # a date that there is not, a number of 5000 digits
+        raise UserError(f"--config {path}: not YAML: {error}") from error
     except RecursionError as error:
         raise UserError(f"--config {path} is nested too deeply: write lines of the form name: value") from error
     except yaml.YAMLError as error:

@@ -10,6 +10,7 @@ import os
 
 from dpo.rows import NothingToLearn, column_of, first_line
 
+NO_VARIABLES = ("conversation", "messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message beside its content
 
 
@@ -35,7 +36,9 @@ def split_prompt(prompt: str | list[dict] | None, completions: list) -> tuple[st
     shared = next(parted, min(map(len, completions)))
     start = completions[0][:shared]
     if prompt and not any(message["role"] == "user" for message in start):
-        start = [{"role": "user", "content": prompt}] + start  # else the conversations repeat a prompt that is text
+        start = [{"role": "user", "content": prompt}] + start
+    elif prompt and not any(prompt.strip() in (message.get("content") or "") for message in start):
+        raise ValueError("column 'prompt' is not what the conversations begin with: leave one of the two out")
     return start, [completion[shared:] for completion in completions]
 
 
@@ -66,7 +69,8 @@ def _without_nulls(value):
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if isinstance(value, dict):
-        kept = {key: item for key, item in value.items() if item is not None}
+        calls = value.get("tool_calls")  # beside them templates ask whether the content is None
+        kept = {key: item for key, item in value.items() if item is not None or (calls and key == "content")}
         return {key: item if key == "arguments" else _without_nulls(item) for key, item in kept.items()}
     return value
 
@@ -96,7 +100,11 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
         name = getattr(processing_class, "name_or_path", "")
         raise ValueError(f"it is a conversation and the tokenizer {name!r} has no chat template: take one that has")
     _check_roles(row, prompt, completions)
-    options = {"tools": row["tools"], **(chat_template_kwargs or {}), **(row["chat_template_kwargs"] or {})}
+    options = {**(chat_template_kwargs or {}), **(row["chat_template_kwargs"] or {})}
+    for key in options:
+        if key in NO_VARIABLES or key not in str(processing_class.chat_template):
+            raise ValueError(f"chat_template_kwargs has {key!r}, which the chat template has no use for: leave it out")
+    options["tools"] = _without_nulls(row["tools"])
 
     def render(messages: list[dict], **more) -> str:
         return processing_class.apply_chat_template(messages, tokenize=False, **{**options, **more})
@@ -112,21 +120,27 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
     for rank, (completion, whole) in enumerate(zip(completions, wholes, strict=True)):
         _check_all_is_rendered(row, rank, prompt, completion, whole, render)
     start, turns = os.path.commonprefix([before, *wholes]), []
+    asked = (prompt[-1].get("content") or "").strip() if prompt else ""
+    if asked in before and asked not in start:
+        raise ValueError("column 'prompt': the chat template writes it otherwise when an answer follows: take another")
     end = turn_end(processing_class, str(processing_class.chat_template))
     for rank, (completion, whole) in enumerate(zip(completions, wholes, strict=True)):
         try:
-            turns.append(split_turns(prompt, completion, whole, start, end, render))
+            tokens = turn_tokens(processing_class)
+            turns.append(split_turns(prompt, completion, whole, start, end, tokens, render))
         except ValueError as error:
             raise ValueError(f"column {column_of(row, rank)} {error}") from error
     texts = ["".join(text for text, _ in turn) for turn in turns]
-    closed = [end is not None and whole.endswith(end[0]) for whole in wholes]
+    closed = [any(text.endswith(token) for token in turn_tokens(processing_class)) for text in texts]
     texts, flags = {"prompt": start, "completions": texts}, {"templated": True, "unstable": start != before}
     return {**texts, "turns": turns, "closed": closed, **flags}
 
 
-def split_turns(prompt: list[dict], completion: list[dict], whole: str, start: str, end: tuple | None, render) -> list:
+def split_turns(
+    prompt: list[dict], completion: list[dict], whole: str, start: str, end: tuple | None, tokens: tuple, render
+) -> list[tuple[str, bool]]:
     """The text of a completion as (text, whether it is scored): the assistant's messages are, each with what ends its
-    turn (see `turn_end`); other roles' messages and what stands between are not."""
+    turn (see `turn_end`; tokens, all that may); other roles' messages and what stands between are not."""
     turns, position = [], len(start)
     for number, message in enumerate(completion):
         if message["role"] != "assistant":
@@ -135,7 +149,12 @@ def split_turns(prompt: list[dict], completion: list[dict], whole: str, start: s
         if number:
             opened = render(prompt + completion[:number], add_generation_prompt=True)
         closed = whole if is_last else render(prompt + completion[: number + 1])
-        stop = len(closed) - (len(end[0]) - len(end[1]) if end and closed.endswith(end[0]) else 0)
+        if end and closed.endswith(end[0]):
+            stop = len(closed) - len(end[0]) + len(end[1])
+        elif closed.rstrip().endswith(tokens):  # a turn that ends otherwise, as one with a tool call may
+            stop = len(closed.rstrip())
+        else:
+            stop = len(closed)
         if not (whole.startswith(opened) and whole.startswith(closed[:stop])):
             raise ValueError(
                 "has several turns, and the chat template changes a turn when another follows: cut the row"
@@ -151,14 +170,25 @@ def turn_end(processing_class, _template) -> tuple[str, str] | None:
     """(what a chat template writes behind an assistant's message, that up to the token which ends the turn); None if no
     token does. A model writes that token and stops: what the template puts behind it (a newline, an EOS) it never
     writes, and training on it would only cost nats."""
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "probe"}]
+    user, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "probe"}
     try:
-        tail = processing_class.apply_chat_template(messages, tokenize=False).rpartition("probe")[2]
+        tail, followed = (
+            processing_class.apply_chat_template(messages, tokenize=False).rpartition("probe")[2]
+            for messages in ([user, said], [user, said, user])
+        )
     except Exception:  # a template that wants other messages
         return None
-    ends = [tail.index(token) + len(token) for token in tokenizer.get_added_vocab() if token.strip() and token in tail]
-    return (tail, tail[: min(ends)]) if ends else None
+    shared = os.path.commonprefix([tail, followed])  # what belongs to the turn, and not to the end of the whole
+    within = shared if any(token in shared for token in turn_tokens(processing_class)) else tail
+    ends = [within.rindex(token) + len(token) for token in turn_tokens(processing_class) if token in within]
+    return (tail, tail[: max(ends)]) if ends else None
+
+
+@functools.lru_cache(maxsize=8)
+def turn_tokens(processing_class) -> tuple[str, ...]:
+    """The texts of the tokens that a tokenizer has beside its vocabulary; what ends a turn is one of them."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    return tuple(token for token in tokenizer.get_added_vocab() if token.strip())
 
 
 def _check_roles(row: dict, prompt: list[dict], completions: list[list[dict]]) -> None:

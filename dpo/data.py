@@ -162,9 +162,11 @@ def prepare_dataset(
     """Checks, renders and tokenises every row; named datasets become one dataset of token ids.
 
     Args: ranked, rows may rank more than two completions: rejected_input_ids is then a list of lists; read_scores, keep
-    their scores; allow_ties, some completions or scores of a row may be equal; the limits as in `truncate_row`.
+    their scores; allow_ties, some completions or scores of a row may be equal; chat_template_kwargs, as in
+    `render_row`; read_margin, keep the column margin; the limits as in `truncate_row`.
     Returns: a Dataset with prompt_input_ids, chosen_input_ids, rejected_input_ids, source (its part and row), length
-    (tokens of the prompt and the longest completion) and, where rows have them, margin, weight and scores, best first.
+    (tokens of the prompt and the longest completion) and, where rows have them, margin, weight and scores, best first;
+    and scored, of each completion whether its tokens are, where not all of all rows' are.
     Raises: ValueError that names part, row (counting from 1) and column of the first bad row, unless skip_bad_rows, or
     if no row is left. Rows left out, and what else is worth knowing, are counted and logged.
     """

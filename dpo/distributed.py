@@ -114,10 +114,10 @@ def from_first(value, world: World):
 
 
 @contextmanager
-def noted_signals():
-    """Inside, SIGTERM, SIGHUP and Ctrl-C are noted instead of obeyed: the list that it yields gets the signal's number.
+def noted_signals(noted: list[int]):
+    """Inside, SIGTERM, SIGHUP and Ctrl-C are noted instead of obeyed: the list, which it yields, gets their numbers.
     A second one, later than torchrun's passing on of the first, ends the process at once."""
-    noted, noted_at = [], 0.0
+    noted_at = 0.0
 
     def note(number, _frame):
         nonlocal noted_at

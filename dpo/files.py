@@ -18,7 +18,7 @@ from dpo.distributed import World, barrier
 from dpo.rows import first_line
 
 logger = logging.getLogger("dpo")
-RUN, LOCK, MANIFEST = "run.json", "run.lock", "manifest.json"
+RUN, LOCK, MANIFEST, FINAL = "run.json", "run.lock", "manifest.json", "model.finished"
 WRITTEN = ["metrics.jsonl", "samples.jsonl", "config.yaml", "rewards.png", "README.md"]  # beside the model's files
 # What a model and its tokenizer may consist of.
 OF_MODELS = """*.safetensors *.safetensors.index.json *.bin *.pt *.pth *.gguf config.json generation_config.json
@@ -32,8 +32,11 @@ def run_in(output_dir: Path) -> dict | None:
     """What run.json says: {"status": "training" or "finished", "step", "steps", "files": names}; None without a run."""
     try:
         run = json.loads((output_dir / RUN).read_text(encoding="utf-8"))
-        return run if {"status", "step", "steps", "files"} <= run.keys() else None
-    except (OSError, ValueError, AttributeError):
+        whole = {"status", "step", "steps", "files"} <= run.keys() and all(
+            isinstance(name, str) for name in run["files"]
+        )
+        return run if whole else None
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return None
 
 
@@ -46,12 +49,12 @@ def check_output(output_dir: Path, sources: dict[str, str]) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ValueError(f"output_dir {output_dir}: {existing} cannot be written to: name another output_dir")
     for option, source in sources.items():
-        path, own = Path(source).expanduser().resolve(), output_dir.resolve()
+        path, own = Path(os.path.expanduser(source)).resolve(), output_dir.resolve()
         is_checkpoint = own in path.parents and path.relative_to(own).parts[0].startswith("checkpoint-")
         if path.exists() and (path == own or is_checkpoint):
             raise ValueError(f"{option} {source} lies in output_dir {output_dir}, which a run replaces: name another")
-    ours = (run_in(output_dir) or {"files": []})["files"]
-    patterns = [*WRITTEN, *OF_MODELS.split()]
+    ours = [*run["files"], RUN] if (run := run_in(output_dir)) else []
+    patterns = [RUN, *WRITTEN, *OF_MODELS.split()]
     foreign = {path.name for pattern in patterns for path in output_dir.glob(pattern)} - set(ours)
     if foreign:
         listed = ", ".join(sorted(foreign)[:3])
@@ -82,11 +85,17 @@ def write_run(output_dir: Path, *, status: str, step: int, steps: int, files: li
 
 
 def clear_run(output_dir: Path) -> None:
-    """Removes what run.json says a run wrote, apart from its checkpoints; and what one left unfinished."""
-    for name in (run_in(output_dir) or {"files": []})["files"]:
-        if Path(name).name == name and (output_dir / name).is_file():
-            (output_dir / name).unlink()
-    for path in (*output_dir.glob("*.unfinished"), output_dir / "model.finished"):
+    """Removes what run.json says a run wrote, apart from its checkpoints; and what that left unfinished."""
+    run = run_in(output_dir)
+    if run is None:
+        return
+    for name in run["files"]:
+        path = output_dir / name
+        if Path(name).name == name and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif Path(name).name == name:
+            path.unlink(missing_ok=True)
+    for path in (*output_dir.glob("checkpoint-*.unfinished"), output_dir / f"{FINAL}.unfinished"):
         shutil.rmtree(path, ignore_errors=True)
     (output_dir / RUN).unlink(missing_ok=True)
 
@@ -119,7 +128,7 @@ def written_aside(directory: Path, world: World):
         barrier(world)
         if first:
             seal(unfinished)
-            if directory.is_dir() and (directory / MANIFEST).exists():
+            if is_sealed(directory):
                 shutil.rmtree(directory)
             elif directory.exists() or directory.is_symlink():  # no run's: it is kept, under another name
                 directory.rename(free_name(directory))
@@ -141,7 +150,16 @@ def move_into(source: Path, output_dir: Path, *, announce: Callable[[list[str]],
     """Moves a model's sealed files from a folder into output_dir, config files last: without them nothing loads what
     would be half a model. announce is told the names before the first one moves. Returns: the names."""
     names = [path.name for path in source.iterdir()]
+    known = (run_in(output_dir) or {"files": []})["files"]
+    taken = [name for name in names if name not in known and (output_dir / name).exists()]
+    if taken:
+        raise ValueError(f"{output_dir / taken[0]} is in the way, and no run wrote it: the model is in {source}")
     announce(names)
+    for name in (MANIFEST, "config.json", "adapter_config.json"):  # an older model's: half old, half new loads nowhere
+        (output_dir / name).unlink(missing_ok=True)
+    for name in names:
+        if (output_dir / name).is_dir():
+            shutil.rmtree(output_dir / name)
     for name in sorted(names, key=lambda name: (name == MANIFEST, name.endswith("config.json"), name)):
         (source / name).replace(output_dir / name)
     source.rmdir()
@@ -158,6 +176,15 @@ def seal(directory: Path) -> None:
     write_whole(directory / MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
     for path in (*(path for path in directory.rglob("*") if path.is_dir()), directory):
         sync(path)
+
+
+def is_sealed(directory: Path) -> bool:
+    """Whether a folder is a run's: its manifest names weights."""
+    try:
+        names = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"].keys()
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        return False
+    return any(name.endswith((".safetensors", ".pt")) for name in names)
 
 
 def problem_of(directory: Path) -> str | None:

@@ -281,7 +281,10 @@ def evaluate(
     if compute_metrics:
         ordered = torch.tensor([pair for _, pair in sorted(distributed.gather_lists(rewards, world))]).numpy()
         labels = torch.zeros(len(ordered), dtype=torch.long).numpy()
-        result |= compute_metrics(EvalPrediction(predictions=(ordered[:, 0], ordered[:, 1]), label_ids=labels))
+        own = compute_metrics(EvalPrediction(predictions=(ordered[:, 0], ordered[:, 1]), label_ids=labels))
+        if not isinstance(own, dict) or not all(isinstance(report.plain(v), int | float | None) for v in own.values()):
+            raise UserError(f"compute_metrics returned {own!r}: it must return a dict of numbers")
+        result |= own
     return {f"{prefix}_{key}": value for key, value in result.items()}
 
 
@@ -318,15 +321,14 @@ def evaluate_sets(run: Run, *, is_saved: bool = False) -> None:
 def rest_of_epoch(run: Run):
     """From where the run stands to the end of its epoch, or of the run, each window's number of pairs and batches.
     Between two steps a run that was told to stop does."""
-    epoch, done = divmod(run.state.step, run.steps_per_epoch)
-    windows = plan_epoch(run, epoch)[done : done + run.total_steps - run.state.step]
     workers = {"num_workers": run.args.dataloader_num_workers, "prefetch_factor": run.args.dataloader_prefetch_factor}
-    with distributed.noted_signals() as signals:
+    with distributed.noted_signals(run.signals) as signals:
+        epoch, done = divmod(run.state.step, run.steps_per_epoch)
+        windows = plan_epoch(run, epoch)[done : done + run.total_steps - run.state.step]
         for window in load_windows(run.train_rows, windows, run.world, run.collator, **workers):
-            yield window  # to the step, and whatever is due after it
-            number = distributed.agree(signals, run.world)
-            if number and run.state.step < run.total_steps:
+            if number := distributed.agree(signals, run.world):
                 leave(run, number)
+            yield window  # to the step, and whatever is due after it
 
 
 def due(step: int, total_steps: int, steps_per_epoch: int, *, args: DPOConfig) -> tuple[bool, bool, bool]:
@@ -364,8 +366,9 @@ def record(run: Run, row: dict) -> None:
     """Keeps a metrics row, null in place of what is not finite; sends it to metrics.jsonl, trackers and callbacks."""
     row = {key: report.plain(value) for key, value in row.items()}
     run.rows.append(row)
-    for receive in run.receivers:
-        receive(row)
+    with user_errors():
+        for receive in run.receivers:
+            receive(row)
 
 
 def save(run: Run, *, only_model: bool = False) -> None:
@@ -400,14 +403,16 @@ def finish(run: Run) -> None:
     if args.load_best_model_at_end and run.state.best:
         checkpoint.load_weights(output_dir / f"checkpoint-{run.state.best['step']}", run.model)
     try:
-        with files.written_aside(output_dir / "model.finished", world) as unfinished:
+        if world.rank == 0:
+            note_files(run, "training", [files.FINAL])
+        with files.written_aside(output_dir / files.FINAL, world) as unfinished:
             checkpoint.save_model(unfinished, world, run.model, run.processing_class)
+        if world.rank == 0:
+            announce = partial(note_files, run, "training")
+            names = files.move_into(output_dir / files.FINAL, output_dir, announce=announce)
     except ValueError as error:
         raise UserError(f"{error}; {checkpoint.last_good(output_dir)}") from error
     if world.rank == 0:
-        names = files.move_into(
-            output_dir / "model.finished", output_dir, announce=partial(note_files, run, "training")
-        )
         report.plot_rewards(run.rows, output_dir / "rewards.png")
         sources = {"model_name": run.sources.get("model_name_or_path"), "dataset_name": run.sources.get("dataset_name")}
         create_model_card(output_dir, **sources, rows=run.rows, adapter=isinstance(run.model, PeftModel))

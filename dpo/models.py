@@ -43,6 +43,8 @@ def load_model(name: str, *, dtype: str = "float32", revision: str = "main", **k
             instead = f", but {unused[0]}, which the model has not" if unused else ""
             keys = f"{keys[0]} and {len(keys) - 1} more" if len(keys) > 1 else keys[0]
             raise ValueError(f"the files of the model {str(name)!r} lack weights that fit: {keys}{instead}")
+    if more := sorted(key for key in wrong["unexpected_keys"] if re.search(r"(layers|h|blocks)\.\d+\.", key)):
+        raise ValueError(f"the files of the model {str(name)!r} hold layers that its config.json has not: {more[0]}")
     for parameter, values in model.named_parameters():
         if values.is_floating_point() and not torch.isfinite(values).all():
             raise ValueError(f"the model {str(name)!r} is broken: the weights of {parameter} are not all finite")

@@ -29,12 +29,12 @@ from dpo.rows import first_line
 from dpo.sources import load_preferences
 
 # Another value of any of these makes another run, which cannot go on from a checkpoint.
-EXACT_OPTIONS = """dtype per_device_train_batch_size gradient_accumulation_steps shuffle group_by_length
-dataloader_drop_last seed data_seed disable_dropout learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_ratio
-warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm bf16 fp16 loss_type loss_weights beta
-label_smoothing f_divergence_type f_alpha_divergence_coef reference_free rpo_alpha use_weighting ld_alpha discopop_tau
-simpo_gamma orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha chipo_clip exo_beta_r sync_ref_model ref_model_mixup_alpha
-ref_model_sync_steps"""
+EXACT_OPTIONS = """dtype attn_implementation tf32 torch_compile per_device_train_batch_size
+gradient_accumulation_steps shuffle group_by_length dataloader_drop_last seed data_seed disable_dropout learning_rate
+lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon
+max_grad_norm bf16 fp16 loss_type loss_weights beta label_smoothing f_divergence_type f_alpha_divergence_coef
+reference_free rpo_alpha use_weighting ld_alpha discopop_tau simpo_gamma orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha
+chipo_clip exo_beta_r sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"""
 logger = logging.getLogger("dpo")
 
 
@@ -63,6 +63,7 @@ class Run:
     scaler: torch.amp.GradScaler | None = None
     state: TrainingState = field(default_factory=TrainingState)
     same_run: dict | None = None  # what a run must share with this one to go on from its checkpoints
+    signals: list[int] = field(default_factory=list)  # that told the run to stop
     lock: object = None  # the open file that keeps other runs out of output_dir
     bar: tqdm | None = None
     rows: list[dict] = field(default_factory=list)  # all metrics rows
@@ -85,7 +86,7 @@ def prepare(
 ) -> Run:
     """The Run that the arguments of `dpo.loop.train` ask for; it goes on from a checkpoint where args say so.
 
-    Raises: UserError in one line for what cannot be done, before anything in output_dir is touched.
+    Raises: UserError in one line for what cannot be done, before an earlier run's files in output_dir are touched.
     """
     args = args or DPOConfig()
     with user_errors():
@@ -106,8 +107,8 @@ def prepare(
         sources = {"model_name_or_path": name, "eval_dataset_name": eval_dataset}
         sources["dataset_name"] = args.dataset_name if train_dataset is None else train_dataset
         run.sources = {key: value for key, value in sources.items() if value and isinstance(value, str)}
-        resume = claim_output(run, ref_model)
         check_arguments(model, ref_model, optimizers, processing_class or name, data_collator, callbacks, args=args)
+        resume = claim_output(run, ref_model)
         hub = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
         run.processing_class = processing_class or models.load_tokenizer(name, **hub)
         run.train_rows, run.eval_sets = prepare_data(run, train_dataset, eval_dataset)
@@ -132,6 +133,8 @@ def prepare(
         run.same_run = what_matters(run)
         if resume:
             checkpoint.load_checkpoint(resume, world, **checkpointed(run))
+            if run.state.step >= run.total_steps:
+                logger.info("%s: all %d steps are done: finished already", run.output_dir, run.total_steps)
         open_outputs(run, trackers, callbacks or [], resume)
     return run
 
@@ -372,6 +375,8 @@ def what_matters(run: Run) -> dict:
         same_run["adapter's target_modules"] = str(sorted(adapter.get("target_modules") or []))
     if not args.lr_scheduler_type.startswith("constant") or args.warmup_ratio:
         same_run["steps"] = run.total_steps  # the learning rate of each step depends on their number
+    for option in ("model_init_kwargs", "ref_model_init_kwargs"):
+        same_run[option] = str(report.portable(getattr(args, option)))
     return same_run | {option: getattr(args, option) for option in EXACT_OPTIONS.split()}
 
 
@@ -380,14 +385,23 @@ def claim_output(run: Run, ref_model) -> Path | None:
     args, sources = run.args, dict(run.sources)
     reference = args.ref_model_name_or_path if ref_model is None else ref_model
     sources |= {"ref_model_name_or_path": reference} if isinstance(reference, str) else {}
+    sources |= {"eval_dataset_name": args.eval_dataset_name} if isinstance(args.eval_dataset_name, str) else {}
+    name = sources.get("model_name_or_path", "")
+    sources |= {"the adapter's base": base} if Path(name).is_dir() and (base := models.adapter_base(name)) else {}
     files.check_output(run.output_dir, sources)
     resume = None
     if run.world.rank == 0:
-        if run.output_dir.exists():
-            run.lock = files.lock(run.output_dir)
-        wanted, overwrite = args.resume_from_checkpoint, args.overwrite_output_dir
-        resume = checkpoint.find_checkpoint(wanted, run.output_dir, overwrite=overwrite)
-    return distributed.from_first(resume, run.world)
+        try:
+            if run.output_dir.exists():
+                run.lock = files.lock(run.output_dir)
+            wanted, overwrite = args.resume_from_checkpoint, args.overwrite_output_dir
+            resume = checkpoint.find_checkpoint(wanted, run.output_dir, overwrite=overwrite)
+        except ValueError as error:  # which the other processes, that wait for the answer, shall have as well
+            resume = error
+    resume = distributed.from_first(resume, run.world)
+    if isinstance(resume, ValueError):
+        raise resume
+    return resume
 
 
 def note_files(run: Run, status: str, names: list[str] = ()) -> None:
@@ -404,14 +418,18 @@ def open_outputs(run: Run, trackers: dict, callbacks: list[Callable], resume: Pa
     run.bar = tqdm(total=run.total_steps, initial=step, desc="DPO", disable=disable)
     if run.world.rank > 0:
         return
-    run.lock = run.lock or files.lock(output_dir)
+    if run.lock is None:
+        run.lock = files.lock(output_dir)
+        if files.run_in(output_dir):  # output_dir was not there when this run began
+            raise UserError(f"output_dir {output_dir}: another run has taken it meanwhile: name another")
+    options = report.portable_config({**dataclasses.asdict(args), **run.sources})
+    trackers = report.open_trackers(trackers, run_name=args.run_name, output_dir=output_dir, config=options)
     came_from = resume.parent if resume else output_dir
     run.rows = report.read_rows(came_from / "metrics.jsonl", up_to_step=step) if step else []
     checkpoint.clear_output(output_dir, step=step if came_from.resolve() == output_dir.resolve() else 0)
     note_files(run, "training")
     files.write_whole(output_dir / "metrics.jsonl", "".join(map(report.as_line, run.rows)))
-    options = report.write_config(output_dir, {**dataclasses.asdict(args), **run.sources})
-    trackers = report.open_trackers(trackers, run_name=args.run_name, output_dir=output_dir, config=options)
+    report.write_config(output_dir, options)
     run.receivers = [partial(report.append_row, output_dir / "metrics.jsonl"), *trackers, *callbacks]
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * run.world.size
     logger.info("%d rows, %d steps of %d rows", len(run.train_rows), run.total_steps, pairs)

@@ -13,6 +13,8 @@ import yaml
 from huggingface_hub import ModelCardData
 from matplotlib.figure import Figure
 
+from dpo.rows import first_line
+
 logger = logging.getLogger("dpo")
 SECRETS = ("token", "use_auth_token")  # keys of from_pretrained's arguments that no file and no tracker may see
 METRICS = {  # of metrics.jsonl, in words; losses, rewards and logps are means over all pairs since the last row
@@ -38,7 +40,7 @@ METRICS = {  # of metrics.jsonl, in words; losses, rewards and logps are means o
 
 def plain(value):
     """A metric as JSON knows it: numbers of NumPy and torch as Python's, null in place of what is not finite."""
-    value = value.item() if hasattr(value, "item") else value
+    value = value.item() if getattr(value, "shape", None) in ((), (1,)) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -55,32 +57,36 @@ def append_row(path: Path, row: dict) -> None:
         raise ValueError(f"{path} could not be written: {error.strerror}") from error
 
 
-def write_config(output_dir: Path, options: dict) -> dict:
-    """Writes config.yaml, which runs it again from anywhere: local paths are made absolute; resuming, overwriting and
-    whatever is secret are left out. Returns: what it wrote."""
-    options = options | {"resume_from_checkpoint": None, "overwrite_output_dir": False}
+def portable(value):
+    """An option's value in words that YAML has, without secrets."""
+    if isinstance(value, dict):
+        return {key: portable(item) for key, item in value.items() if key not in SECRETS}
+    if isinstance(value, list | tuple):
+        return [portable(item) for item in value]
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if hasattr(value, "to_dict"):  # a BitsAndBytesConfig
+        return portable(value.to_dict())
+    return value if isinstance(value, str | int | float | None) else str(value)
 
-    def portable(value):
-        if isinstance(value, dict):
-            return {key: portable(item) for key, item in value.items() if key not in SECRETS}
-        if isinstance(value, list | tuple):
-            return [portable(item) for item in value]
-        if isinstance(value, torch.dtype):
-            return str(value).removeprefix("torch.")
-        if hasattr(value, "to_dict"):  # a BitsAndBytesConfig
-            return portable(value.to_dict())
-        return value if isinstance(value, str | int | float | None) else str(value)
+
+def portable_config(options: dict) -> dict:
+    """What config.yaml and trackers get: it runs again from anywhere. Local paths are made absolute; resuming,
+    overwriting and whatever is secret are left out."""
 
     def absolute(value):
         if isinstance(value, dict):
             return {key: absolute(item) for key, item in value.items()}
         return str(Path(value).resolve()) if isinstance(value, str) and Path(value).exists() else value
 
-    options = portable(options)
+    options = portable(options | {"resume_from_checkpoint": None, "overwrite_output_dir": False})
     for key in ("model_name_or_path", "ref_model_name_or_path", "dataset_name", "eval_dataset_name"):
         options[key] = absolute(options[key])
-    (output_dir / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
     return options
+
+
+def write_config(output_dir: Path, options: dict) -> None:
+    (output_dir / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
 
 
 def read_rows(path: Path, *, up_to_step: int) -> list[dict]:
@@ -199,7 +205,10 @@ def open_trackers(modules: dict, *, run_name: str | None, output_dir: Path, conf
             writer = module.SummaryWriter(output_dir / "tensorboard")
             trackers.append(to_tensorboard)
         else:
-            module.init(project="dpo", name=run_name or output_dir.name, config=config)
+            try:
+                module.init(project="dpo", name=run_name or output_dir.name, config=config)
+            except Exception as error:  # not logged in, no network
+                raise ValueError(f"report_to {name}: {first_line(error)}") from error
             trackers.append(lambda row, module=module: module.log(row, step=row["step"]))
     return trackers
 

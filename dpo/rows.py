@@ -7,7 +7,9 @@ import re
 
 ROLES = "system developer user assistant tool function environment ipython".split()
 # Columns by which datasets call what this code calls prompt, and the system message that belongs into it.
-QUESTIONS = "prompt question questions instruction query input user user_input".split()
+QUESTIONS = "prompt question questions instruction query input user user_input problem context task dialogue history"
+QUESTIONS = [*QUESTIONS.split(), "conversation", "conversations", "messages", "trajectory"]
+CONTEXTS = "input context".split()  # what a question may go on with
 SYSTEMS = "system system_prompt system_message".split()
 
 
@@ -16,7 +18,7 @@ class NothingToLearn(ValueError):
 
 
 def canonical_row(row: dict, *, numbers: tuple = (), read_scores: bool = False, allow_ties: bool = False) -> dict:
-    """A row in the one form that the rest of this file knows, checked.
+    """A row in the one form that conversations.py and data.py know, checked.
 
     Args: row, with chosen and rejected (one completion, or several, best first), or with completions and their scores;
     numbers, columns to keep; read_scores, keep `scores` beside chosen and rejected, too; allow_ties, of scores.
@@ -40,6 +42,10 @@ def canonical_row(row: dict, *, numbers: tuple = (), read_scores: bool = False, 
     canonical["completions"] = [_parsed(each, column_of(canonical, i)) for i, each in enumerate(completions)]
     for column in ("tools", "chat_template_kwargs"):
         canonical[column] = _from_json(row.get(column), column) or None
+    kwargs = canonical["chat_template_kwargs"]
+    if kwargs is not None and not isinstance(kwargs, dict):
+        raise ValueError(f"column 'chat_template_kwargs' is {type(kwargs).__name__}: it must be an object")
+    canonical["chat_template_kwargs"] = {key: value for key, value in (kwargs or {}).items() if value is not None}
     for column in numbers:
         canonical[column] = _number(row[column], column)
     _check_kinds(canonical)
@@ -113,39 +119,54 @@ def _check_unread(row: dict) -> None:
         "margin",
         "weight",
     )
-    unread = {
-        name: text for name, text in source.items() if name not in read and isinstance(text, str) and text.strip()
-    }
-    said = str([prompt, completions[0]])
+    unread = {name: _joined(value) for name, value in source.items() if name not in read}
+    unread = {name: text for name, text in unread.items() if text}
+    said = _joined([prompt, completions])
     asks = prompt if isinstance(prompt, str) else any(m["role"] == "user" for m in (prompt or []))
     asks = asks or (
         isinstance(completions[0], list) and completions[0][:1] and completions[0][0]["role"] != "assistant"
     )
     for name, text in unread.items():
         where = f"nobody reads the columns {', '.join(map(repr, unread))}" if len(unread) > 1 else "nobody reads it"
-        if repr(text)[1:-1] in said:
+        if text in said:
             continue
         if name.lower() in SYSTEMS:
             raise ValueError(
                 f"column {name!r} stands beside 'prompt': {where}; put it there as a message of role system"
             )
+        if name.lower() in CONTEXTS and prompt:
+            raise ValueError(f"column {name!r} stands beside 'prompt': {where}; put it there, or leave out the column")
         if name.lower() in QUESTIONS and not asks:
             raise ValueError(f"column {name!r} has what seems to be the prompt: {where}; rename it to prompt")
 
 
+def _joined(value) -> str:
+    """All that a text, or messages in any depth, say."""
+    if isinstance(value, list):
+        return "\n".join(filter(None, map(_joined, value)))
+    if isinstance(value, dict):
+        return _joined([value.get("content") or value.get("value")])
+    return value.strip() if isinstance(value, str) else ""
+
+
 def _parsed(value, column: str):
     """Messages that were stored as text (JSON, or Python's repr of them as pandas writes it) as messages."""
-    if not isinstance(value, str) or not re.match(r"""\s*\[?\s*\{\s*['"](role|content)['"]\s*:""", value):
+    if not isinstance(value, str) or not re.match(r"\s*\[\s*\{", value):
         return value
     for parse in (json.loads, ast.literal_eval):
         try:
             messages = parse(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        messages = [messages] if isinstance(messages, dict) else messages
         if isinstance(messages, list) and all(isinstance(m, dict) and "role" in m for m in messages):
             return messages
-    raise ValueError(f"column {column} looks like messages stored as text, and cannot be parsed: store a list of them")
+        if isinstance(messages, list) and all(isinstance(m, dict) and {"from", "value"} <= m.keys() for m in messages):
+            raise ValueError(f"column {column} has messages of from and value: write them as role and content")
+        return value  # JSON that somebody answered
+    if re.search(r"""['"]role['"]\s*:""", value) and re.search(r"""['"]content['"]\s*:""", value):
+        what = f"column {column} looks like messages stored as text, and cannot be parsed"
+        raise ValueError(f"{what}: store a list of them")
+    return value
 
 
 def _from_json(value, column: str):

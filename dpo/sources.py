@@ -37,8 +37,10 @@ def load_preferences(
     Raises: ValueError if there is no such dataset or split, or a file cannot be read: names the file and the line.
     """
     name, slices, _ = split.partition("[")
-    path = Path(source).expanduser() if isinstance(source, str | os.PathLike) else None
-    local = path is None or path.exists()
+    try:
+        local = not isinstance(source, str | os.PathLike) or Path(os.path.expanduser(source)).exists()
+    except OSError as error:
+        raise ValueError(f"{str(source)[:60]!r} is no name of a dataset: {error.strerror}") from error
     parts = _open(source, split=name if local else split, subset=subset)
     if not (local and slices):
         return parts
@@ -65,7 +67,7 @@ def _open(source, *, split: str, subset: str | None) -> dict:
     if not isinstance(source, str | os.PathLike):
         kinds = "a name, a path, a datasets.Dataset or a list of dicts"
         raise ValueError(f"a dataset is {kinds}, not {type(source).__name__}")
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_file():
         if split not in ("train", "test"):
             raise ValueError(f"{path} is one file and has no split {split!r}: leave the split out")
@@ -150,7 +152,12 @@ def _read_file(path: Path) -> Dataset:
         if suffix == ".csv":
             # In a CSV file "NA" and "12" are texts that someone preferred, neither a missing value nor a number.
             with _open_text(path) as file:
-                columns = [name or "Unnamed: 0" for name in next(csv.reader(file), [])]  # pandas' index has no name
+                lines = csv.reader(file)
+                columns = [name or f"Unnamed: {i}" for i, name in enumerate(next(lines, []))]  # pandas' index has none
+                for cells in lines:
+                    if len(cells) > len(columns):  # pandas would take the first for an index, and shift the others
+                        where = f"{path}, line {lines.line_num}"
+                        raise ValueError(f"{where}: {len(cells)} cells under {len(columns)} columns: mend it")
             options = {"keep_default_na": False, "features": Features(dict.fromkeys(columns, Value("string")))}
         rows = load_dataset(FORMATS[suffix], data_files=here, split="train", **options)
         wide = {key: Json() for key, kind in rows.features.items() if FORMATS[suffix] == "json" and _has_objects(kind)}
@@ -159,6 +166,8 @@ def _read_file(path: Path) -> Dataset:
             rows = load_dataset(FORMATS[suffix], data_files=here, split="train", features=features)
         return rows
     except Exception as error:
+        if str(error).startswith(f"{path}, line "):
+            raise
         if "corresponds to no data" in str(error):  # datasets' words for a file of no rows
             raise empty from error
         if FORMATS[suffix] == "json":

@@ -271,6 +271,7 @@ TURNS = "<|im_start|>user\nsky?<|im_end|>\n<|im_start|>assistant\n"
 WITH_BOS = make_tokenizer("{{ bos_token }}" + CHATML, bos=True)
 COUNTED = "{% for m in messages %}[{{ loop.index }}/{{ messages | length }}] {{ m['content'] }}\n{% endfor %}"
 COUNTED = make_tokenizer(COUNTED)
+HINTED = make_tokenizer(CHATML.replace("assistant\n{% endif %}", "assistant\n<hint>{% endif %}"))
 METASPACE = sentencepiece_like("first")  # it has a BOS token but does not put it before a text
 LONG = {"prompt": "the sky is very blue", "chosen": " now today", "rejected": " here"}
 
@@ -284,7 +285,7 @@ LONG = {"prompt": "the sky is very blue", "chosen": " now today", "rejected": " 
          ("<|im_start|>system\nbe brief<|im_end|>\n" + TURNS, "blue", "green")),
         ({**CHAT, "prompt": [{**SYSTEM, "content": ""}, USER]}, CHAT_TOKENIZER, {},
          ("<|im_start|>system\n<|im_end|>\n" + TURNS, "blue", "green")),
-        (CHAT, COUNTED, {}, ("[1/", "2] sky?\n[2/2] blue\n", "2] sky?\n[2/2] green\n")),  # not prefix-stable
+        (CHAT, HINTED, {}, (TURNS, "blue", "green")),  # not prefix-stable
         # ---- BOS: where the tokenizer puts one before a text, not before a conversation
         (PAIR, BOS_TOKENIZER, {}, ("<s>the sky is", " blue", " green")),
         ({**PAIR, "prompt": "<s>the sky is"}, BOS_TOKENIZER, {}, ("<s>the sky is", " blue", " green")),
@@ -439,7 +440,7 @@ LONG_PROMPT = {**PAIR, "prompt": "the sky is very very blue now"}
           {"prompt": "the sk", "chosen": "y", "rejected": "y now"},
           {"prompt": "the sky", "chosen": " is blue\n\n", "rejected": " is <|im_end|>\n"}], {},
          "2 of 4 rows of dataset have other tokens at the prompt's end when tokenised in one piece: kept apart"),
-        ([CHAT, CHAT], {"tokenizer": COUNTED},
+        ([CHAT, CHAT], {"tokenizer": HINTED},
          "2 of 2 rows of dataset rendered by a chat template that is not prefix-stable: split at the common start"),
         ([LONG_PROMPT, PAIR], {"max_prompt_length": 5}, "1 of 2 rows of dataset truncated to max_prompt_length"),
         ([LONG, PAIR, LONG], {"max_completion_length": 2}, "2 of 3 rows of dataset truncated to max_prompt_length"),
@@ -735,7 +736,7 @@ def test_what_cannot_be_trained_on_is_refused_with_the_place(source, options, ex
         ("header.csv", "prompt,chosen,rejected\n", "header.csv is empty: it must hold at least one"),
         ("none.parquet", "", "none.parquet is empty: it must hold at least one"),
         ("blank.jsonl", "\n\n", "blank.jsonl is empty: it must hold at least one"),
-        ("wide.csv", "chosen,rejected\na,b\na,b,c\n", "wide.csv cannot be read as csv: Error tokenizing data"),
+        ("wide.csv", "chosen,rejected\na,b\na,b,c\n", "wide.csv, line 3: 3 cells under 2 columns: mend it"),
         ("text.parquet", "blue", "text.parquet cannot be read as parquet: "),
         ("text.arrow", "blue", "text.arrow cannot be read as arrow: "),
         ("notes.txt", "blue", "notes.txt is not one of .json, .jsonl, .parquet, .csv, .arrow: convert it"),
@@ -901,6 +902,15 @@ UNSAID = {
               "column 'tools': the chat template leaves tools out"),
     "system message": ({**CHAT, "prompt": [SYSTEM, USER]}, {"tokenizer": make_tokenizer(NO_SYSTEM_SAID)},
                        "column 'prompt', message 1: the chat template leaves out its content"),
+    "input": ({**PAIR, "input": "of Mars"}, {}, "column 'input' stands beside 'prompt'"),
+    "messages": ({**BARE, "messages": [USER]}, {}, "column 'messages' has what seems to be the prompt"),
+    "other prompt": ({"prompt": "sea?", "chosen": [USER, BLUE], "rejected": [USER, GREEN]}, {},
+                     "column 'prompt' is not what the conversations begin with"),
+    "rewritten": (CHAT, {"tokenizer": COUNTED}, "column 'prompt': the chat template writes it otherwise"),
+    "kwargs": ({**CHAT, "chat_template_kwargs": {"enable_thinkng": True}}, {}, "chat_template_kwargs has"),
+    "kwargs of apply": ({**CHAT, "chat_template_kwargs": {"add_generation_prompt": True}}, {}, "chat_template_kwa"),
+    "kwargs kind": ({**CHAT, "chat_template_kwargs": 3}, {}, "column 'chat_template_kwargs' is int: it must be an obj"),
+    "from and value": ({**CHAT, "prompt": '[{"from": "human", "value": "sky?"}]'}, {}, "column 'prompt' has messages"),
     "broken arguments": ({**CHAT, "chosen": call("{")}, {}, "a tool call's arguments are not JSON"),
     "messages of pandas": ({**CHAT, "prompt": PANDAS}, {}, "column 'prompt' looks like messages stored as text"),
 }  # fmt: skip
@@ -915,7 +925,7 @@ def test_a_row_of_which_something_would_not_be_trained_is_refused(name):
 def test_a_column_that_repeats_what_is_trained_does_no_harm(tokenizer):
     talk = {"chosen": [USER, BLUE], "rejected": [USER, GREEN], "question": "sky?", "system": ""}
     assert prepared([talk], tokenizer)[0] == prepared([CHAT], tokenizer)[0]
-    assert len(prepared([{**PAIR, "question": "another", "input": "x"}], tokenizer)) == 1
+    assert len(prepared([{**PAIR, "question": "another", "input": "the sky"}], tokenizer)) == 1
     assert "trains on text alone" in refusal([{**PAIR, "images": ["a.png"]}])
 
 

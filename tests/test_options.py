@@ -143,7 +143,6 @@ CHANGES = {
     "bf16": ({}, True, losses),
     "fp16": ({"beta": 1.0}, True, losses),
     "tf32": ({}, True, config("precision")),
-    "output_dir": ({}, None, lambda run: run.output_dir),
     "eval_strategy": ({}, "epoch", columns),
     "eval_steps": ({"eval_strategy": "steps"}, 3, steps),
     "eval_on_start": (EVAL, True, steps),
@@ -182,7 +181,7 @@ ELSEWHERE = {
     "skip_bad_rows": "test_bad_rows_stop_the_run_or_are_left_out",
     "layout": "test_layout_is_that_of_the_batches",
     "per_device_eval_batch_size": "test_batch_sizes_and_workers_of_training_and_evaluation",
-    "run_name disable_tqdm use_cpu": "",
+    "output_dir run_name disable_tqdm use_cpu": "",
 }
 
 
@@ -214,6 +213,7 @@ def go(folder, options: dict, caplog):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", CHANGES)
 def test_an_option_changes_what_it_says(option, tmp_path, caplog):
     beside, value, look = CHANGES[option]

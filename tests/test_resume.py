@@ -111,6 +111,7 @@ def test_the_best_evaluated_model_is_kept_and_left_even_if_the_run_stopped_after
 def test_the_newest_and_the_best_checkpoint_stay_whatever_the_limit(tmp_path):
     for step in (1, 2, 3):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "state.pt").write_bytes(b"")
         files.seal(tmp_path / f"checkpoint-{step}")
     prune_checkpoints(tmp_path, limit=1, best=1)
     assert checkpoints(tmp_path) == {"checkpoint-1", "checkpoint-3"}
