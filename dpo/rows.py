@@ -9,6 +9,7 @@ ROLES = "system developer user assistant tool function environment ipython".spli
 # Columns by which datasets call what this code calls prompt, and the system message that belongs into it.
 QUESTIONS = "prompt question questions instruction query input user user_input problem context task dialogue history"
 QUESTIONS = [*QUESTIONS.split(), "conversation", "conversations", "messages", "trajectory"]
+READ = "prompt chosen rejected completions scores tools chat_template_kwargs margin weight".split()
 CONTEXTS = "input context".split()  # what a question may go on with
 SYSTEMS = "system system_prompt system_message".split()
 
@@ -92,7 +93,7 @@ def _check_kinds(row: dict) -> None:
         if problem := _problem_of(completion):
             raise ValueError(f"column {column_of(row, rank)}{problem}")
         last = completion[-1] if isinstance(completion, list) and completion else {"content": completion}
-        if not (last["content"] or "").strip() and not last.get("tool_calls") and last.get("role") != "user":
+        if not (last.get("content") or "").strip() and not last.get("tool_calls") and last.get("role") != "user":
             raise NothingToLearn(f"column {column_of(row, rank)} is empty")
     best = column_of(row, 0)
     for rank, completion in enumerate(completions):
@@ -108,18 +109,7 @@ def _check_kinds(row: dict) -> None:
 def _check_unread(row: dict) -> None:
     """Refuses a row of whose question or system message nobody would read: it stands in a column of another name."""
     source, prompt, completions = row["row"], row["prompt"], row["completions"]
-    read = (
-        "prompt",
-        "chosen",
-        "rejected",
-        "completions",
-        "scores",
-        "tools",
-        "chat_template_kwargs",
-        "margin",
-        "weight",
-    )
-    unread = {name: _joined(value) for name, value in source.items() if name not in read}
+    unread = {name: _joined(value) for name, value in source.items() if name not in READ}
     unread = {name: text for name, text in unread.items() if text}
     said = _joined([prompt, completions])
     asks = prompt if isinstance(prompt, str) else any(m["role"] == "user" for m in (prompt or []))
