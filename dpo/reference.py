@@ -66,7 +66,8 @@ def frozen_copy(policy: torch.nn.Module) -> torch.nn.Module:
     policy's own layers, so that policy and reference stayed equal for ever.
     """
     for name, module in policy.named_modules():
-        if isinstance(vars(module).get("forward"), types.FunctionType):
+        is_compiled = hasattr(module, "_orig_mod")  # torch.compile's wrapper, whose copy calls the copy
+        if isinstance(vars(module).get("forward"), types.FunctionType) and not is_compiled:
             where = name or type(module).__name__
             raise ValueError(f"the forward of {where} was replaced, a copy would call the original: pass a ref_model")
     shared = {id(parameter): parameter for parameter in policy.parameters() if not parameter.requires_grad}
