@@ -113,7 +113,7 @@ def test_signals(processes, folder, tries):
     for number in tried:
         output_dir = f"told-{number.name}-{processes}"
         process = launch(folder, output_dir, processes)
-        wait_for(lambda path=folder / output_dir / "metrics.jsonl": path.exists(), process)
+        wait_for(lambda path=folder / output_dir / "metrics.jsonl": path.exists() and path.stat().st_size, process)
         process.send_signal(number)
         code, said = process.wait(timeout=120), (folder / f"{output_dir}.log").read_text()
         is_right = f"stopped by {number.name} after step " in said and "--resume_from_checkpoint true" in said
