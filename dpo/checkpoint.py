@@ -14,6 +14,7 @@ from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
 from dpo import files
 from dpo.distributed import World, barrier, unwrap
+from dpo.models import not_finite
 
 logger = logging.getLogger("dpo")
 
@@ -50,9 +51,8 @@ def save_model(directory: Path, world: World, model: torch.nn.Module, processing
     """The model (safetensors; an adapter alone for PEFT) and its tokenizer, loadable with from_pretrained. Every
     process takes part; the first one writes. Raises: ValueError if a weight is not finite: it would be saved as if it
     were good."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-            raise ValueError(f"the weights of {name} are not finite: lower learning_rate")
+    if broken := not_finite(model):
+        raise ValueError(f"the weights of {broken} are not finite: lower learning_rate")
     if world.rank == 0:
         model.save_pretrained(directory)
         adapter = getattr(model, "active_adapter", None)

@@ -89,13 +89,8 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
     """
     prompt, completions = split_prompt(row["prompt"], row["completions"])
     if isinstance(completions[0], str):
-        texts, flags = {"prompt": prompt, "completions": completions}, {"templated": False, "unstable": False}
-        return {
-            **texts,
-            "turns": [[(text, True)] for text in completions],
-            "closed": [False] * len(completions),
-            **flags,
-        }
+        whole = {"turns": [[(text, True)] for text in completions], "closed": [False] * len(completions)}
+        return {"prompt": prompt, "completions": completions, **whole, "templated": False, "unstable": False}
     if getattr(processing_class, "chat_template", None) is None:
         name = getattr(processing_class, "name_or_path", "")
         raise ValueError(f"it is a conversation and the tokenizer {name!r} has no chat template: take one that has")
@@ -123,17 +118,15 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
     asked = (prompt[-1].get("content") or "").strip() if prompt else ""
     if asked in before and asked not in start:
         raise ValueError("column 'prompt': the chat template writes it otherwise when an answer follows: take another")
-    end = turn_end(processing_class, str(processing_class.chat_template))
+    end, tokens = turn_end(processing_class, str(processing_class.chat_template)), turn_tokens(processing_class)
     for rank, (completion, whole) in enumerate(zip(completions, wholes, strict=True)):
         try:
-            tokens = turn_tokens(processing_class)
             turns.append(split_turns(prompt, completion, whole, start, end, tokens, render))
         except ValueError as error:
             raise ValueError(f"column {column_of(row, rank)} {error}") from error
     texts = ["".join(text for text, _ in turn) for turn in turns]
-    closed = [any(text.endswith(token) for token in turn_tokens(processing_class)) for text in texts]
-    texts, flags = {"prompt": start, "completions": texts}, {"templated": True, "unstable": start != before}
-    return {**texts, "turns": turns, "closed": closed, **flags}
+    cut = {"turns": turns, "closed": [text.endswith(tokens) for text in texts]}
+    return {"prompt": start, "completions": texts, **cut, "templated": True, "unstable": start != before}
 
 
 def split_turns(

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import logging
 import re
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -197,15 +198,15 @@ def prepare_dataset(
             num_proc=num_proc,
             desc=f"Tokenizing {name}",
         )
-        said = rows.select_columns(["problem", "bad"])[:]
-        for number, (problem, is_bad) in enumerate(zip(said["problem"], said["bad"], strict=True), start=1):
-            if is_bad and not skip_bad_rows:
-                raise ValueError(f"{name}, row {number}: {problem} (skip_bad_rows leaves such rows out)")
+        bad = rows.select_columns("bad")[:]["bad"]
+        if any(bad) and not skip_bad_rows:
+            first = rows[bad.index(True)]
+            raise ValueError(f"{first['source']}: {first['problem']} (skip_bad_rows leaves such rows out)")
         prepared.append(rows)
     rows = concatenate_datasets(prepared)
     kept = _kept_rows(rows, list(parts))
     columns = [*IDS, "length", "source", *numbers]
-    if read_scores and _have_scores(rows, kept, parts):
+    if read_scores and _have_scores(rows, kept):
         columns.append("scores")
     if any(rows.select_columns("scored")[:]["scored"]):
         columns.append("scored")
@@ -216,27 +217,26 @@ def prepare_dataset(
 def fingerprint(rows: Dataset) -> str:
     """A few digits that tell tokenised rows from others: a hash of all their ids and numbers."""
     digest = hashlib.sha256()
-    for part in rows.with_format("arrow").iter(batch_size=1000):
-        for name in part.column_names:
-            values = part.column(name).combine_chunks()
-            while isinstance(values, pa.ListArray):
-                digest.update(pc.list_value_length(values).to_numpy(zero_copy_only=False).tobytes())
-                values = pc.list_flatten(values)
-            if name != "source":
-                digest.update(values.to_numpy(zero_copy_only=False).tobytes())
+    for lengths, values in _flat_columns(rows.remove_columns("source")):
+        for array in (*lengths, values):
+            digest.update(array.to_numpy(zero_copy_only=False).tobytes())
     return f"{len(rows)} of {digest.hexdigest()[:16]}"
 
 
 def largest_id(rows: Dataset) -> int:
     """The largest token id in tokenised rows."""
-    largest = 0
-    for part in rows.select_columns(list(IDS)).with_format("arrow").iter(batch_size=1000):
+    return max(pc.max(values).as_py() or 0 for _, values in _flat_columns(rows.select_columns(list(IDS))))
+
+
+def _flat_columns(rows: Dataset) -> Iterator[tuple[list[pa.Array], pa.Array]]:
+    """Each column in parts, as (the lengths of its lists, level by level; the values in them, in a row)."""
+    for part in rows.with_format("arrow").iter(batch_size=1000):
         for column in part.columns:
-            values = column.combine_chunks()
+            lengths, values = [], column.combine_chunks()
             while isinstance(values, pa.ListArray):
+                lengths.append(pc.list_value_length(values))
                 values = pc.list_flatten(values)
-            largest = max(largest, pc.max(values).as_py() or 0)
-    return largest
+            yield lengths, values
 
 
 def _check_columns(name: str, rows: Dataset) -> None:
@@ -384,12 +384,11 @@ def _kept_rows(rows: Dataset, names: list[str]) -> list[int]:
     return kept
 
 
-def _have_scores(rows: Dataset, kept: list[int], parts: dict[str, Dataset]) -> bool:
+def _have_scores(rows: Dataset, kept: list[int]) -> bool:
     """Whether the kept rows have scores. Raises: ValueError if only some have."""
     scores = rows.select_columns("scores")[:]["scores"]
     without = [i for i in kept if not scores[i]]
     if 0 < len(without) < len(kept):
-        where = [f"{name}, row {number}" for name, part in parts.items() for number in range(1, len(part) + 1)]
         others = f"{len(kept) - len(without)} other rows have: loss_type exo takes them in all rows or none"
-        raise ValueError(f"{where[without[0]]}: it has no scores, {others}")
+        raise ValueError(f"{rows[without[0]]['source']}: it has no scores, {others}")
     return not without

@@ -115,7 +115,7 @@ def from_first(value, world: World):
 
 @contextmanager
 def noted_signals(noted: list[int]):
-    """Inside, SIGTERM, SIGHUP and Ctrl-C are noted instead of obeyed: the list, which it yields, gets their numbers.
+    """Inside, SIGTERM, SIGHUP and Ctrl-C are noted instead of obeyed: the list gets their numbers.
     A second one, later than torchrun's passing on of the first, ends the process at once."""
     noted_at = 0.0
 
@@ -131,7 +131,7 @@ def noted_signals(noted: list[int]):
     if threading.current_thread() is threading.main_thread():  # no other may set handlers
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
     try:
-        yield noted
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -139,9 +139,11 @@ def noted_signals(noted: list[int]):
 
 def agree(noted: list[int], world: World) -> int:
     """The signal that any process has noted, in all of them; 0 for none."""
-    number = torch.tensor(noted[0] if noted else 0, device=world.device)
-    if world.size > 1:
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    own = noted[0] if noted else 0
+    if world.size == 1:  # nothing to wait for: this is asked before each step
+        return own
+    number = torch.tensor(own, device=world.device)
+    dist.all_reduce(number, op=dist.ReduceOp.MAX)
     return int(number)
 
 

@@ -7,7 +7,6 @@ has the size and the SHA-256 of each of its files.
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -17,9 +16,9 @@ from pathlib import Path
 from dpo.distributed import World, barrier
 from dpo.rows import first_line
 
-logger = logging.getLogger("dpo")
 RUN, LOCK, MANIFEST, FINAL = "run.json", "run.lock", "manifest.json", "model.finished"
 WRITTEN = ["metrics.jsonl", "samples.jsonl", "config.yaml", "rewards.png", "README.md"]  # beside the model's files
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what odd JSON may raise
 # What a model and its tokenizer may consist of.
 OF_MODELS = """*.safetensors *.safetensors.index.json *.bin *.pt *.pth *.gguf config.json generation_config.json
 adapter_* tokenizer* special_tokens_map.json added_tokens.json chat_template* vocab* merges.txt manifest.json"""
@@ -32,12 +31,15 @@ def run_in(output_dir: Path) -> dict | None:
     """What run.json says: {"status": "training" or "finished", "step", "steps", "files": names}; None without a run."""
     try:
         run = json.loads((output_dir / RUN).read_text(encoding="utf-8"))
-        whole = {"status", "step", "steps", "files"} <= run.keys() and all(
-            isinstance(name, str) for name in run["files"]
-        )
-        return run if whole else None
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
+        is_whole = {"status", "step", "steps"} <= run.keys() and all(isinstance(name, str) for name in run["files"])
+        return run if is_whole else None
+    except UNREADABLE:
         return None
+
+
+def files_of_run(output_dir: Path) -> list[str]:
+    """The names in output_dir that are a run's, by its run.json."""
+    return (run_in(output_dir) or {"files": []})["files"]
 
 
 def check_output(output_dir: Path, sources: dict[str, str]) -> None:
@@ -53,7 +55,7 @@ def check_output(output_dir: Path, sources: dict[str, str]) -> None:
         is_checkpoint = own in path.parents and path.relative_to(own).parts[0].startswith("checkpoint-")
         if path.exists() and (path == own or is_checkpoint):
             raise ValueError(f"{option} {source} lies in output_dir {output_dir}, which a run replaces: name another")
-    ours = [*run["files"], RUN] if (run := run_in(output_dir)) else []
+    ours = [*files_of_run(output_dir), RUN] if run_in(output_dir) else []
     patterns = [RUN, *WRITTEN, *OF_MODELS.split()]
     foreign = {path.name for pattern in patterns for path in output_dir.glob(pattern)} - set(ours)
     if foreign:
@@ -86,10 +88,9 @@ def write_run(output_dir: Path, *, status: str, step: int, steps: int, files: li
 
 def clear_run(output_dir: Path) -> None:
     """Removes what run.json says a run wrote, apart from its checkpoints; and what that left unfinished."""
-    run = run_in(output_dir)
-    if run is None:
+    if run_in(output_dir) is None:
         return
-    for name in run["files"]:
+    for name in files_of_run(output_dir):
         path = output_dir / name
         if Path(name).name == name and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -150,7 +151,7 @@ def move_into(source: Path, output_dir: Path, *, announce: Callable[[list[str]],
     """Moves a model's sealed files from a folder into output_dir, config files last: without them nothing loads what
     would be half a model. announce is told the names before the first one moves. Returns: the names."""
     names = [path.name for path in source.iterdir()]
-    known = (run_in(output_dir) or {"files": []})["files"]
+    known = files_of_run(output_dir)
     taken = [name for name in names if name not in known and (output_dir / name).exists()]
     if taken:
         raise ValueError(f"{output_dir / taken[0]} is in the way, and no run wrote it: the model is in {source}")
@@ -178,20 +179,23 @@ def seal(directory: Path) -> None:
         sync(path)
 
 
+def sealed_files(directory: Path) -> dict[str, list]:
+    """What a folder's manifest.json says: {name: [bytes, SHA-256]}. Raises: one of UNREADABLE."""
+    return dict(json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"].items())
+
+
 def is_sealed(directory: Path) -> bool:
     """Whether a folder is a run's: its manifest names weights."""
     try:
-        names = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"].keys()
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        return any(name.endswith((".safetensors", ".pt")) for name in sealed_files(directory))
+    except UNREADABLE:
         return False
-    return any(name.endswith((".safetensors", ".pt")) for name in names)
 
 
 def problem_of(directory: Path) -> str | None:
     """What is wrong with a sealed folder, in a few words; None if each file is as it was written."""
     try:
-        files = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, (size, digest) in files.items():
+        for name, (size, digest) in sealed_files(directory).items():
             path = directory / name
             if not path.is_file():
                 return f"{name} is missing"
@@ -199,7 +203,7 @@ def problem_of(directory: Path) -> str | None:
                 return f"{name} is not as it was written"
     except FileNotFoundError:
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except UNREADABLE as error:
         return f"its {MANIFEST} cannot be read: {first_line(error)}"
     return None
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import datasets
@@ -86,7 +86,7 @@ def train(
                 evaluate_sets(run, is_saved=saves)
                 run.model.train()
             if saves:
-                save(run, only_model=run.args.save_only_model)
+                save(run)
             started = time.perf_counter()
     finish(run)
     return run
@@ -322,11 +322,11 @@ def rest_of_epoch(run: Run):
     """From where the run stands to the end of its epoch, or of the run, each window's number of pairs and batches.
     Between two steps a run that was told to stop does."""
     workers = {"num_workers": run.args.dataloader_num_workers, "prefetch_factor": run.args.dataloader_prefetch_factor}
-    with distributed.noted_signals(run.signals) as signals:
+    with distributed.noted_signals(run.signals):
         epoch, done = divmod(run.state.step, run.steps_per_epoch)
         windows = plan_epoch(run, epoch)[done : done + run.total_steps - run.state.step]
         for window in load_windows(run.train_rows, windows, run.world, run.collator, **workers):
-            if number := distributed.agree(signals, run.world):
+            if number := distributed.agree(run.signals, run.world):
                 leave(run, number)
             yield window  # to the step, and whatever is due after it
 
@@ -371,14 +371,22 @@ def record(run: Run, row: dict) -> None:
             receive(row)
 
 
-def save(run: Run, *, only_model: bool = False) -> None:
-    """Writes checkpoint-N, and deletes the ones beyond save_total_limit."""
-    options = {"processing_class": run.processing_class, "only_model": only_model}
-    directory = run.output_dir / f"checkpoint-{run.state.step}"
+@contextmanager
+def naming_the_last_good(run: Run):
+    """Inside, what cannot be written stops the run in one line, which says what there is to go on from."""
     try:
-        checkpoint.save_checkpoint(directory, run.world, **options, **checkpointed(run))
+        yield
     except ValueError as error:
         raise UserError(f"{error}; {checkpoint.last_good(run.output_dir)}") from error
+
+
+def save(run: Run, *, whole: bool = False) -> None:
+    """Writes checkpoint-N, whole or as the options say, and deletes the ones beyond save_total_limit."""
+    only_model = run.args.save_only_model and not whole
+    options = {"processing_class": run.processing_class, "only_model": only_model}
+    directory = run.output_dir / f"checkpoint-{run.state.step}"
+    with naming_the_last_good(run):
+        checkpoint.save_checkpoint(directory, run.world, **options, **checkpointed(run))
     if run.world.rank == 0:
         best = run.state.best and run.state.best["step"]
         checkpoint.prune_checkpoints(run.output_dir, run.args.save_total_limit, best)
@@ -388,7 +396,7 @@ def save(run: Run, *, only_model: bool = False) -> None:
 def leave(run: Run, number: int) -> None:
     """What a run does that was told to stop: saves a checkpoint to go on from, says how, exits with 128 + number."""
     if not (run.output_dir / f"checkpoint-{run.state.step}" / "state.pt").exists():
-        save(run)
+        save(run, whole=True)
     run.bar.close()
     how = f"go on with --resume_from_checkpoint true --output_dir {run.output_dir}"
     logger.warning("stopped by %s after step %d: %s", signal.Signals(number).name, run.state.step, how)
@@ -402,7 +410,7 @@ def finish(run: Run) -> None:
     run.bar.close()
     if args.load_best_model_at_end and run.state.best:
         checkpoint.load_weights(output_dir / f"checkpoint-{run.state.best['step']}", run.model)
-    try:
+    with naming_the_last_good(run):
         if world.rank == 0:
             note_files(run, "training", [files.FINAL])
         with files.written_aside(output_dir / files.FINAL, world) as unfinished:
@@ -410,8 +418,6 @@ def finish(run: Run) -> None:
         if world.rank == 0:
             announce = partial(note_files, run, "training")
             names = files.move_into(output_dir / files.FINAL, output_dir, announce=announce)
-    except ValueError as error:
-        raise UserError(f"{error}; {checkpoint.last_good(output_dir)}") from error
     if world.rank == 0:
         report.plot_rewards(run.rows, output_dir / "rewards.png")
         sources = {"model_name": run.sources.get("model_name_or_path"), "dataset_name": run.sources.get("dataset_name")}

@@ -12,7 +12,6 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file, has_file
 
-from dpo.data import largest_id
 from dpo.rows import first_line
 
 
@@ -45,10 +44,15 @@ def load_model(name: str, *, dtype: str = "float32", revision: str = "main", **k
             raise ValueError(f"the files of the model {str(name)!r} lack weights that fit: {keys}{instead}")
     if more := sorted(key for key in wrong["unexpected_keys"] if re.search(r"(layers|h|blocks)\.\d+\.", key)):
         raise ValueError(f"the files of the model {str(name)!r} hold layers that its config.json has not: {more[0]}")
-    for parameter, values in model.named_parameters():
-        if values.is_floating_point() and not torch.isfinite(values).all():
-            raise ValueError(f"the model {str(name)!r} is broken: the weights of {parameter} are not all finite")
+    if broken := not_finite(model):
+        raise ValueError(f"the model {str(name)!r} is broken: the weights of {broken} are not all finite")
     return model
+
+
+def not_finite(model: torch.nn.Module) -> str | None:
+    """The first parameter that holds an infinity or a NaN, by its name."""
+    named = model.named_parameters()
+    return next((name for name, p in named if p.is_floating_point() and not torch.isfinite(p).all()), None)
 
 
 def add_saved_adapter(model: torch.nn.Module, name: str, revision: str) -> tuple[PeftModel, dict[str, list[str]]]:
@@ -101,14 +105,13 @@ def load_tokenizer(name: str, *, revision: str = "main", trust_remote_code: bool
     return tokenizer
 
 
-def check_rows_fit(model: torch.nn.Module, sets: list, *, padding_value: int) -> None:
-    """Refuses tokenised rows that hold token ids which the model has not, or are longer than a model with an embedding
-    for each position (GPT-2, OPT) can read."""
+def check_rows_fit(model: torch.nn.Module, *, largest: int, longest: int) -> None:
+    """Refuses rows whose largest token id the model has not, or that are longer than a model with an embedding for each
+    position (GPT-2, OPT) can read."""
     try:
         vocabulary = model.get_input_embeddings().num_embeddings
     except (NotImplementedError, AttributeError):  # a model of another make
         vocabulary = math.inf
-    largest = max(padding_value, *map(largest_id, sets))
     if largest >= vocabulary:
         how = "take the model's own tokenizer, or resize_token_embeddings before the training"
         raise ValueError(f"the tokenizer gives the id {largest}, the model knows {vocabulary} tokens: {how}")
@@ -117,7 +120,6 @@ def check_rows_fit(model: torch.nn.Module, sets: list, *, padding_value: int) ->
     tables = [m for name, m in model.named_modules() if re.search(r"wpe$|position", name.rpartition(".")[2])]
     if limit is None or not any(isinstance(m, torch.nn.Embedding) and m.num_embeddings >= limit for m in tables):
         return
-    longest = max(max(rows["length"][:]) for rows in sets)
     if longest > limit:
         raise ValueError(f"rows have up to {longest} tokens, the model has {limit} positions: set max_length {limit}")
 

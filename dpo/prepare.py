@@ -21,7 +21,7 @@ from dpo.batches import epoch_windows
 from dpo.checkpoint import TrainingState
 from dpo.collate import NUMBERS, DataCollatorForPreference
 from dpo.config import DPOConfig, UserError
-from dpo.data import fingerprint, prepare_dataset
+from dpo.data import fingerprint, largest_id, prepare_dataset
 from dpo.distributed import World
 from dpo.losses import OF_RANKINGS, OVER_THE_BATCH, PARAMETERS, WITH_REFERENCE, dpo_loss, takers
 from dpo.reference import Reference, adapter_starts_at_zero, frozen_copy
@@ -35,6 +35,7 @@ lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps optim weight_dec
 max_grad_norm bf16 fp16 loss_type loss_weights beta label_smoothing f_divergence_type f_alpha_divergence_coef
 reference_free rpo_alpha use_weighting ld_alpha discopop_tau simpo_gamma orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha
 chipo_clip exo_beta_r sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"""
+OF_ADAPTERS = "peft_type r lora_alpha lora_dropout target_modules modules_to_save use_dora use_rslora bias"
 logger = logging.getLogger("dpo")
 
 
@@ -117,10 +118,12 @@ def prepare(
 
         # Models are built, then laid out over the processes, then given an optimizer.
         run.model, run.reference, run.starts_equal = build_models(model, ref_model, peft_config, args=args)
-        padding_value = getattr(run.collator, "pad_token_id", 0)
+        sets = [run.train_rows, *run.eval_sets.values()]
+        largest = max(getattr(run.collator, "pad_token_id", 0), *map(largest_id, sets))
+        longest = max(max(rows["length"][:]) for rows in sets)
         for each in (run.model, run.reference.ref_model):
             if each is not None:
-                models.check_rows_fit(each, [run.train_rows, *run.eval_sets.values()], padding_value=padding_value)
+                models.check_rows_fit(each, largest=largest, longest=longest)
         set_seed(args.seed + world.rank, deterministic=args.full_determinism)  # each process its own dropout
         unused = args.ddp_find_unused_parameters
         run.policy = distributed.lay_out(run.model, world, trains=True, find_unused_parameters=unused)
@@ -368,11 +371,9 @@ def what_matters(run: Run) -> dict:
         same_run["reference"] = models.fingerprint(run.reference.ref_model)
     if isinstance(model, PeftModel):
         adapter = model.peft_config[model.active_adapter].to_dict()
-        of_adapters = (
-            "peft_type r lora_alpha lora_dropout target_modules modules_to_save use_dora use_rslora bias".split()
-        )
-        same_run |= {f"adapter's {key}": str(adapter.get(key)) for key in of_adapters if key != "target_modules"}
-        same_run["adapter's target_modules"] = str(sorted(adapter.get("target_modules") or []))
+        for key in OF_ADAPTERS.split():
+            value = adapter.get(key)
+            same_run[f"adapter's {key}"] = str(sorted(value) if isinstance(value, set) else value)
     if not args.lr_scheduler_type.startswith("constant") or args.warmup_ratio:
         same_run["steps"] = run.total_steps  # the learning rate of each step depends on their number
     for option in ("model_init_kwargs", "ref_model_init_kwargs"):
@@ -406,7 +407,7 @@ def claim_output(run: Run, ref_model) -> Path | None:
 
 def note_files(run: Run, status: str, names: list[str] = ()) -> None:
     """Notes in run.json how far the run is and which files are a run's: all so far, and these."""
-    known = (files.run_in(run.output_dir) or {"files": files.WRITTEN})["files"]
+    known = files.files_of_run(run.output_dir) or files.WRITTEN
     step, steps = run.state.step, run.total_steps
     files.write_run(run.output_dir, status=status, step=step, steps=steps, files=[*known, *names])
 

@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import ModelCardData
 from matplotlib.figure import Figure
 
+from dpo.collate import completions_of
 from dpo.rows import first_line
 
 logger = logging.getLogger("dpo")
@@ -107,11 +108,10 @@ def show_rows(rows, processing_class, count: int) -> None:
     loss sees between ⟦ and ⟧."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     for row in rows.select(range(min(max(count, 1), len(rows)))):
-        rejected, scored = row["rejected_input_ids"], row.get("scored")
-        several = rejected if rejected and isinstance(rejected[0], list) else [rejected]
+        scored = row.get("scored")
         lines = [f"{row['source']}, as it will be trained (the loss sees what is between ⟦ and ⟧):"]
         lines.append(f"  prompt    {tokenizer.decode(row['prompt_input_ids'])!r}")
-        for rank, ids in enumerate([row["chosen_input_ids"], *several]):
+        for rank, ids in enumerate(completions_of(row)):
             mask = scored[rank] if scored else [True] * len(ids)
             runs = itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
             texts = [(seen, repr(tokenizer.decode([token for token, _ in run]))[1:-1]) for seen, run in runs]

@@ -212,7 +212,7 @@ def _problem_of_message(message) -> str | None:
     if content is not None and not isinstance(content, str):
         return f"has a 'content' that is {type(content).__name__}: it must be text"
     if content is not None and (problem := _problem_of_text(content)):
-        return f"{problem.strip()}"
+        return problem.strip()
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         return "has 'tool_calls' that are not a list of objects"
     return None

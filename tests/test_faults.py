@@ -104,6 +104,7 @@ def test_kills(when, processes, folder, tries):
             failures.append(output_dir)
         shutil.rmtree(folder / output_dir)
         tried += is_killed  # else it had ended before
+    assert tried
     survived(f"killed {when}, {processes} process{'es' * (processes > 1)}", tried, failures)
 
 
