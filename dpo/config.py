@@ -448,14 +448,12 @@ def read_config(path: Path) -> dict:
         raise UserError(f"--config {path} is not UTF-8 (byte {error.start + 1}): save it as UTF-8") from error
     except UserError:
         raise
-    except (ValueError, OverflowError) as error:  # a date that there is not, a number of 5000 digits
-        raise UserError(f"--config {path}: not YAML: {error}") from error
     except RecursionError as error:
         raise UserError(f"--config {path} is nested too deeply: write lines of the form name: value") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # no YAML, or a date that there is not
+        mark, problem = getattr(error, "problem_mark", None), str(getattr(error, "problem", error))
         where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"--config {path}{where}: not YAML: {getattr(error, 'problem', error)}") from error
+        raise UserError(f"--config {path}{where}: not YAML: {' '.join(problem.split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"--config {path} must hold lines of the form name: value")
     known = {f.name for f in dataclasses.fields(DPOConfig)}

@@ -132,6 +132,8 @@ REFUSED = [
     ("--evaluation_strategy no", "use eval_strategy"),
     ("--config nowhere.yaml", "nowhere.yaml: No such file"),
     ("beta: [", "not YAML"),
+    ("beta: 1\x7f", "not YAML: unacceptable character"),
+    ("run_name: 2024-13-45", "not YAML: month must be in 1..12"),
     ("- beta", "must hold lines"),
     ("bta: 1", "did you mean beta?"),
     ({"bta": 1}, "there is no option bta: did you mean beta?"),
