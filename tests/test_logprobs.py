@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_collate import pairs
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from dpo.collate import DataCollatorForPreference
+from dpo.collate import DataCollatorForPreference, completions_of, padded_batch
 from dpo.logprobs import concatenated_forward, sum_by_owner, token_logps
 
 ROWS = [
@@ -26,12 +26,15 @@ def forward(model, rows=ROWS, pad_id: int = 0, **options) -> dict:
     return concatenated_forward(model, batch, padding_value=pad_id, **options)
 
 
-def one_at_a_time(model, prompt: list[int], completion: list[int]) -> float:
-    """Σ_t log π(y_t | x, y_<t) from the full logits of one unpadded sequence, softmax in float64 by NumPy."""
+def one_at_a_time(model, prompt: list[int], completion: list[int], scored: list[bool] | None = None) -> float:
+    """Σ_t log π(y_t | x, y_<t) from the full logits of one unpadded sequence, softmax in float64 by NumPy; with scored,
+    over those t where it is true."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + completion])).logits[0].double().numpy()
     total = 0.0
     for t, token in enumerate(completion):
+        if scored and not scored[t]:
+            continue
         row = logits[len(prompt) + t - 1]
         total += row[token] - row.max() - math.log(np.exp(row - row.max()).sum())
     return total
@@ -49,6 +52,31 @@ def test_batched_log_probabilities_equal_those_of_each_sequence_alone(rows, pad_
             assert scores[f"{which}_logps"][i].item() == pytest.approx(alone, abs=2e-4)
             assert scores[f"{which}_lengths"][i].item() == len(row[f"{which}_input_ids"])
     assert scores["chosen_logps"].dtype == torch.float32 and scores["chosen_logps"].shape == (len(rows),)
+
+
+@pytest.mark.parametrize("ranked", [False, True])
+@pytest.mark.parametrize("layout", ["plain", "padded"])
+def test_tokens_that_are_not_scored_are_read_and_not_counted(layout, ranked):
+    """Of a completion of several turns the assistant's; the second row says nothing of it: all of its are."""
+    rows = [{**ROWS[0], "scored": [[True, False], [False, True, True, False, True]]}, {**ROWS[1], "scored": []}]
+    if ranked:
+        rows[0] |= {"rejected_input_ids": [ROWS[0]["rejected_input_ids"], [3, 4]]}
+        rows[0]["scored"] = [*rows[0]["scored"], [False, True]]
+        rows[1] |= {"rejected_input_ids": [ROWS[1]["rejected_input_ids"]]}
+    model, batch = make_model(), DataCollatorForPreference(pad_token_id=0, layout=layout)(rows)
+    scores = concatenated_forward(model, batch)
+    for i, row in enumerate(rows):
+        rejected = row["rejected_input_ids"] if ranked else [row["rejected_input_ids"]]
+        for rank, completion in enumerate([row["chosen_input_ids"], *rejected]):
+            mask = row["scored"][rank] if row["scored"] else [True] * len(completion)
+            logps, lengths = (
+                scores[f"{'rejected' if rank else 'chosen'}_{key}"][i].flatten() for key in ("logps", "lengths")
+            )
+            alone = one_at_a_time(model, row["prompt_input_ids"], completion, mask)
+            assert logps[max(0, rank - 1)].item() == pytest.approx(alone, abs=2e-4)
+            assert lengths[max(0, rank - 1)].item() == sum(mask)
+    read = [sum(len(row["prompt_input_ids"]) + len(c) for c in completions_of(row)) for row in rows]
+    assert padded_batch(batch)["tokens"].tolist() == read if layout == "plain" else batch["tokens"].tolist() == read
 
 
 def test_log_probabilities_match_closed_form_on_a_model_whose_logits_are_known():
