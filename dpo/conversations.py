@@ -5,8 +5,11 @@ a turn ends with the token that ends it, and nothing that the row says is left o
 """
 
 import functools
+import itertools
 import json
 import os
+import re
+from collections.abc import Callable
 
 from dpo.rows import NothingToLearn, column_of, first_line
 
@@ -89,7 +92,8 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
     """
     prompt, completions = split_prompt(row["prompt"], row["completions"])
     if isinstance(completions[0], str):
-        whole = {"turns": [[(text, True)] for text in completions], "closed": [False] * len(completions)}
+        turns = [split_text(prompt, text, column_of(row, rank)) for rank, text in enumerate(completions)]
+        whole = {"turns": turns, "closed": [False] * len(completions)}
         return {"prompt": prompt, "completions": completions, **whole, "templated": False, "unstable": False}
     if getattr(processing_class, "chat_template", None) is None:
         name = getattr(processing_class, "name_or_path", "")
@@ -101,7 +105,11 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
             raise ValueError(f"chat_template_kwargs has {key!r}, which the chat template has no use for: leave it out")
     options["tools"] = _without_nulls(row["tools"])
 
+    has_calls = any(message.get("tool_calls") for message in itertools.chain(prompt, *completions))
+    as_text = has_calls and takes_arguments_as_text(processing_class, str(processing_class.chat_template))
+
     def render(messages: list[dict], **more) -> str:
+        messages = with_text_arguments(messages) if as_text else messages
         return processing_class.apply_chat_template(messages, tokenize=False, **{**options, **more})
 
     before, wholes = None, []
@@ -119,6 +127,7 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
     if asked in before and asked not in start:
         raise ValueError("column 'prompt': the chat template writes it otherwise when an answer follows: take another")
     end, tokens = turn_end(processing_class, str(processing_class.chat_template)), turn_tokens(processing_class)
+    tokens += end[2:] if end else ()
     for rank, (completion, whole) in enumerate(zip(completions, wholes, strict=True)):
         try:
             turns.append(split_turns(prompt, completion, whole, start, end, tokens, render))
@@ -129,11 +138,22 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
     return {"prompt": start, "completions": texts, **cut, "templated": True, "unstable": start != before}
 
 
+def split_text(prompt: str, completion: str, column: str) -> list[tuple[str, bool]]:
+    """A completion that is text as (text, whether it is scored): all of it; in Anthropic's HH format, where it goes on
+    for several turns, what the assistant says."""
+    if not prompt.endswith("\n\nAssistant:") or "\n\nHuman:" not in completion:
+        return [(completion, True)]
+    parts = re.split(r"(\n\nHuman:.*?\n\nAssistant:)", completion, flags=re.DOTALL)  # assistant, human, assistant, ...
+    if "\n\nHuman:" in parts[-1]:
+        raise ValueError(f"column {column} ends with what the human says: a completion ends with the assistant's turn")
+    return [(text, number % 2 == 0) for number, text in enumerate(parts) if text]
+
+
 def split_turns(
     prompt: list[dict], completion: list[dict], whole: str, start: str, end: tuple | None, tokens: tuple, render
 ) -> list[tuple[str, bool]]:
     """The text of a completion as (text, whether it is scored): the assistant's messages are, each with what ends its
-    turn (see `turn_end`; tokens, all that may); other roles' messages and what stands between are not."""
+    turn (see `turn_end`; tokens, others that may); other roles' messages and what stands between are not."""
     turns, position = [], len(start)
     for number, message in enumerate(completion):
         if message["role"] != "assistant":
@@ -148,10 +168,14 @@ def split_turns(
             stop = len(closed.rstrip())
         else:
             stop = len(closed)
+        if end and whole.startswith(opened) and not whole.startswith(closed[:stop]):
+            # Written otherwise when another follows (Qwen3 leaves out an empty reasoning): it ends with the next end.
+            said = whole.find((message.get("content") or "").strip(), len(opened))
+            stop = whole.find(end[2], max(said, len(opened))) + len(end[2])
+            closed = whole if stop >= len(end[2]) else closed
         if not (whole.startswith(opened) and whole.startswith(closed[:stop])):
-            raise ValueError(
-                "has several turns, and the chat template changes a turn when another follows: cut the row"
-            )
+            how = "the chat template changes a turn when another follows: cut the row"
+            raise ValueError(f"has several turns, and {how}")
         turns += [(whole[position : len(opened)], False)] if len(opened) > position else []
         turns.append((whole[len(opened) : stop], True))
         position = stop
@@ -159,10 +183,10 @@ def split_turns(
 
 
 @functools.lru_cache(maxsize=8)
-def turn_end(processing_class, _template) -> tuple[str, str] | None:
-    """(what a chat template writes behind an assistant's message, that up to the token which ends the turn); None if no
-    token does. A model writes that token and stops: what the template puts behind it (a newline, an EOS) it never
-    writes, and training on it would only cost nats."""
+def turn_end(processing_class, _template) -> tuple[str, str, str] | None:
+    """(what a chat template writes behind an assistant's message, that up to the token which ends the turn, the token);
+    None if no token does. A model writes that token and stops: what the template puts behind it (a newline, an EOS) it
+    never writes, and training on it would only cost nats."""
     user, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "probe"}
     try:
         tail, followed = (
@@ -172,16 +196,54 @@ def turn_end(processing_class, _template) -> tuple[str, str] | None:
     except Exception:  # a template that wants other messages
         return None
     shared = os.path.commonprefix([tail, followed])  # what belongs to the turn, and not to the end of the whole
-    within = shared if any(token in shared for token in turn_tokens(processing_class)) else tail
-    ends = [within.rindex(token) + len(token) for token in turn_tokens(processing_class) if token in within]
-    return (tail, tail[: max(ends)]) if ends else None
+    tokens = [token for token in tokenizer_of(processing_class).get_added_vocab() if token.strip()]
+    within = shared if any(token in shared for token in tokens) else tail
+    ends = [(within.rindex(token) + len(token), token) for token in tokens if token in within]
+    return (tail, tail[: max(ends)[0]], max(ends)[1]) if ends else None
+
+
+@functools.lru_cache(maxsize=8)
+def takes_arguments_as_text(processing_class, _template) -> bool:
+    """Whether a chat template joins a call's arguments to other text (DeepSeek-V3's does), and fails on objects."""
+    call = {"id": "123456789", "type": "function", "function": {"name": "f", "arguments": {"a": "probe"}}}
+
+    def is_rendered(written: Callable) -> bool:
+        for content in ("", None):
+            messages = [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": content, "tool_calls": [call]},
+            ]
+            try:
+                if "probe" in processing_class.apply_chat_template(written(messages), tokenize=False):
+                    return True
+            except Exception:  # whatever a template raises
+                continue
+        return False
+
+    return not is_rendered(list) and is_rendered(with_text_arguments)
+
+
+def with_text_arguments(messages: list[dict]) -> list[dict]:
+    """Messages whose tool calls have their arguments as JSON text."""
+
+    def written(call: dict) -> dict:
+        function = call.get("function", call)
+        function = {**function, "arguments": json.dumps(function.get("arguments"), ensure_ascii=False)}
+        return {**call, "function": function} if "function" in call else function
+
+    return [
+        {**message, "tool_calls": [written(call) for call in message["tool_calls"]]}
+        if message.get("tool_calls")
+        else message
+        for message in messages
+    ]
 
 
 @functools.lru_cache(maxsize=8)
 def turn_tokens(processing_class) -> tuple[str, ...]:
-    """The texts of the tokens that a tokenizer has beside its vocabulary; what ends a turn is one of them."""
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    return tuple(token for token in tokenizer.get_added_vocab() if token.strip())
+    """The texts of a tokenizer's special tokens, which nobody writes into an answer: one of them ends a turn."""
+    added = tokenizer_of(processing_class).added_tokens_decoder.values()
+    return tuple(token.content for token in added if token.special and token.content.strip())
 
 
 def _check_roles(row: dict, prompt: list[dict], completions: list[list[dict]]) -> None:
@@ -211,18 +273,38 @@ def _check_all_is_rendered(row: dict, rank: int, prompt: list, completion: list,
             return False
 
     messages, offset = prompt + completion, len(row["completions"][rank]) - len(completion)
+    plainly = all_in_order([message.get("content") or "" for message in messages], whole)
     for number, message in enumerate(messages):
         in_prompt = number < len(prompt)
         keys = ("content", "tool_calls") if in_prompt else ("content", "tool_calls", *REASONING)
         for key in keys:
-            value = message.get(key)
-            if not value or (isinstance(value, str) and value.strip() in whole):
+            value, lost = message.get(key), False
+            if not value or (key == "content" and plainly):
                 continue
+            if not in_prompt and message["role"] == "assistant" and isinstance(value, str):
+                lost = not all(line.strip() in whole for line in value.splitlines())
             less = {name: each for name, each in message.items() if name != key}
             less = {**less, "content": ""} if key == "content" else less
-            if is_left_out(messages=[*messages[:number], less, *messages[number + 1 :]]):
+            all_of_it = is_left_out(messages=[*messages[:number], less, *messages[number + 1 :]])
+            if lost or all_of_it:
                 column = "'prompt'" if in_prompt else column_of(row, rank)
                 where = f"column {column}, message {number + 1 if in_prompt else number - len(prompt) + offset + 1}"
-                raise ValueError(f"{where}: the chat template leaves out its {key}: take another, or mend the row")
+                what = f"its {key}" if all_of_it else f"part of its {key}"
+                raise ValueError(f"{where}: the chat template leaves out {what}: take another, or mend the row")
     if row["tools"] and is_left_out(tools=None):
         raise ValueError("column 'tools': the chat template leaves tools out: take another, or leave out the column")
+
+
+def all_in_order(contents: list[str], whole: str) -> bool:
+    """Whether texts stand one after the other in a rendering, so that no look at each is needed: a few characters may
+    stand anywhere, in the name of a role."""
+    position = 0
+    for content in (content.strip() for content in contents):
+        position = whole.find(content, position) + len(content)
+        if position < len(content) or 0 < len(content) < 8:
+            return False
+    return True
+
+
+def tokenizer_of(processing_class):
+    return getattr(processing_class, "tokenizer", processing_class)

@@ -131,7 +131,7 @@ def _continuation_ids(text: str, tokenizer) -> list[int]:
 
 # ---------------------------------------------------------------------------------------------------- a whole dataset
 
-ROWS_VERSION = 2  # raise it when this file makes other ids of a row than before: the cache's are then not taken
+ROWS_VERSION = 3  # raise it when this file makes other ids of a row than before: the cache's are then not taken
 BOUNDARY_SAMPLE = 1000  # rows of a part whose prompt and completion are tokenised together, too, to see what differs
 FLAGS = {  # what is counted, and the words that report it
     "bad": "left out as bad rows (skip_bad_rows)",

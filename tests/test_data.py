@@ -871,6 +871,46 @@ def test_tool_calls_are_rendered_as_objects_with_all_that_they_hold(source, argu
         assert json.loads(said) == arguments
 
 
+# As DeepSeek-V3's: the arguments are joined to other text, and an object cannot be.
+JOINED = WITH_TOOLS.replace("c.function.arguments | tojson", "':' + c.function.arguments")
+# As Qwen3's: a message that ends the conversation gets an empty reasoning, one that others follow gets none.
+EMPTY_REASONING = WITH_TOOLS.replace(
+    "{{ m['content'] }}", "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}"
+)
+
+
+def test_a_template_that_takes_arguments_as_text_gets_json():
+    done = prepared([{**CHAT, "chosen": call({"a": 1, "b": "é"})}], make_tokenizer(JOINED))
+    said = texts(make_tokenizer(JOINED), done[0])[1].removeprefix("f:").removesuffix("<|im_end|>")
+    assert json.loads(said) == {"a": 1, "b": "é"}
+
+
+def test_a_turn_may_be_written_otherwise_when_another_follows():
+    tokenizer = make_tokenizer(EMPTY_REASONING)
+    answer = {"role": "assistant", "content": "it is 7"}
+    done = prepared([{**CHAT, "chosen": [*call({"a": 1}), {"role": "tool", "content": "7"}, answer]}], tokenizer)[0]
+    ids, scored = done["chosen_input_ids"], done["scored"][0]
+    seen = words(tokenizer, [token for token, is_scored in zip(ids, scored, strict=True) if is_scored])
+    assert seen == 'f{"a": 1}<|im_end|><think></think>it is 7<|im_end|>'
+
+
+def test_of_several_turns_of_text_the_human_s_are_not_scored(tokenizer):
+    start = "\n\nHuman: sky?\n\nAssistant:"
+    rows = [{"chosen": f"{start} blue\n\nHuman: why?\n\nAssistant: it looks warm", "rejected": f"{start} green"}]
+    row = prepared(rows, tokenizer)[0]
+    said = [token for token, seen in zip(row["chosen_input_ids"], row["scored"][0], strict=True) if seen]
+    assert words(tokenizer, said) == " blue it looks warm<|im_end|>" and all(row["scored"][1])
+    assert "Human: why?" in words(tokenizer, row["chosen_input_ids"])
+    rows[0]["chosen"] += "\n\nHuman: I see"
+    assert "column 'chosen' ends with what the human says" in refusal(rows)
+
+
+def test_an_answer_that_ends_with_an_added_word_gets_its_end():
+    tokenizer = with_tokens("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}", "</table>")
+    _, chosen, _ = texts(tokenizer, prepared([{**CHAT, "chosen": [{**BLUE, "content": "a</table>"}]}], tokenizer)[0])
+    assert chosen.endswith("a</table><|im_end|>")
+
+
 def test_variables_of_the_chat_template_come_from_the_option_and_from_the_row():
     tokenizer = make_tokenizer("{{ mood | default('calm') }} " + CHATML)
     rows = [CHAT, {**CHAT, "chat_template_kwargs": {"mood": "loud"}}]
@@ -891,6 +931,8 @@ def test_messages_stored_as_text_are_messages():
 BARE = {"chosen": " blue", "rejected": " green"}
 PANDAS = "[{'content': 'sky?', 'role': 'user'}\n {'content': 'well?', 'role': 'user'}]"
 NO_SYSTEM_SAID = CHATML.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+NO_TOOLS_SAID = WITH_TOOLS.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+STRIPPED = "m['content'].split('</think>')[-1]"
 UNSAID = {
     **{column: ({**BARE, column: "sky?"}, {}, f"column {column!r} has what seems to be the prompt")
        for column in ("question", "Prompt", "instruction", "Question", "query")},
@@ -898,6 +940,15 @@ UNSAID = {
     "tool calls": ({**CHAT, "chosen": call({"a": 1})}, {}, "column 'chosen', message 1: the chat template leaves o"),
     "reasoning": ({**CHAT, "rejected": [{**GREEN, "reasoning_content": "hm"}]}, {},
                   "column 'rejected', message 1: the chat template leaves out its reasoning_content"),
+    "reasoning in the text": ({**CHAT, "chosen": [{**BLUE, "content": "<think>\nhm\n</think>\nblue"}]},
+                              {"tokenizer": make_tokenizer(CHATML.replace("m['content']", STRIPPED))},
+                              "column 'chosen', message 1: the chat template leaves out part of its content"),
+    "words that stand elsewhere": ({**CHAT, "chosen": [*call({"a": 1}), {"role": "tool", "content": "blue"}, BLUE]},
+                                   {"tokenizer": make_tokenizer(NO_TOOLS_SAID)},
+                                   "column 'chosen', message 2: the chat template leaves out its content"),
+    "short words": ({**CHAT, "prompt": [{**SYSTEM, "content": "use"}, USER]},
+                    {"tokenizer": make_tokenizer(NO_SYSTEM_SAID)},
+                    "column 'prompt', message 1: the chat template leaves out its content"),
     "tools": ({**CHAT, "tools": [{"type": "function", "function": {"name": "f"}}]}, {},
               "column 'tools': the chat template leaves tools out"),
     "system message": ({**CHAT, "prompt": [SYSTEM, USER]}, {"tokenizer": make_tokenizer(NO_SYSTEM_SAID)},
