@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from typing import NamedTuple
 
 from dpo.rows import NothingToLearn, column_of, first_line
 
@@ -127,7 +128,7 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
     if asked in before and asked not in start:
         raise ValueError("column 'prompt': the chat template writes it otherwise when an answer follows: take another")
     end, tokens = turn_end(processing_class, str(processing_class.chat_template)), turn_tokens(processing_class)
-    tokens += end[2:] if end else ()
+    tokens += (end.between,) if end else ()
     for rank, (completion, whole) in enumerate(zip(completions, wholes, strict=True)):
         try:
             turns.append(split_turns(prompt, completion, whole, start, end, tokens, render))
@@ -136,6 +137,15 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
     texts = ["".join(text for text, _ in turn) for turn in turns]
     cut = {"turns": turns, "closed": [text.endswith(tokens) for text in texts]}
     return {"prompt": start, "completions": texts, **cut, "templated": True, "unstable": start != before}
+
+
+class TurnEnd(NamedTuple):
+    """What a chat template writes behind an assistant's message that is the last: all of it, and that up to the token
+    which ends the turn; and the token that ends it where another message follows."""
+
+    tail: str
+    within: str
+    between: str
 
 
 def split_text(prompt: str, completion: str, column: str) -> list[tuple[str, bool]]:
@@ -150,32 +160,32 @@ def split_text(prompt: str, completion: str, column: str) -> list[tuple[str, boo
 
 
 def split_turns(
-    prompt: list[dict], completion: list[dict], whole: str, start: str, end: tuple | None, tokens: tuple, render
+    prompt: list[dict], completion: list[dict], whole: str, start: str, end: TurnEnd | None, tokens: tuple, render
 ) -> list[tuple[str, bool]]:
     """The text of a completion as (text, whether it is scored): the assistant's messages are, each with what ends its
     turn (see `turn_end`; tokens, others that may); other roles' messages and what stands between are not."""
-    turns, position = [], len(start)
+    turns, position, problem = [], len(start), "has several turns, and the chat template changes a turn when another "
     for number, message in enumerate(completion):
         if message["role"] != "assistant":
             continue
         opened, is_last = start, number + 1 == len(completion)
         if number:
             opened = render(prompt + completion[:number], add_generation_prompt=True)
+            opened = os.path.commonprefix([opened, whole])  # the prompt may open a reasoning, which the whole has not
+            if (completion[number - 1].get("content") or "").strip() not in opened[position:]:
+                raise ValueError(f"{problem}follows: cut the row")
         closed = whole if is_last else render(prompt + completion[: number + 1])
-        if end and closed.endswith(end[0]):
-            stop = len(closed) - len(end[0]) + len(end[1])
+        if end and closed.endswith(end.tail):
+            stop = len(closed) - len(end.tail) + len(end.within)
         elif closed.rstrip().endswith(tokens):  # a turn that ends otherwise, as one with a tool call may
             stop = len(closed.rstrip())
         else:
             stop = len(closed)
-        if end and whole.startswith(opened) and not whole.startswith(closed[:stop]):
-            # Written otherwise when another follows (Qwen3 leaves out an empty reasoning): it ends with the next end.
+        if not whole.startswith(closed[:stop]):  # Qwen3 leaves out an empty reasoning, gpt-oss ends a turn otherwise
             said = whole.find((message.get("content") or "").strip(), len(opened))
-            stop = whole.find(end[2], max(said, len(opened))) + len(end[2])
-            closed = whole if stop >= len(end[2]) else closed
-        if not (whole.startswith(opened) and whole.startswith(closed[:stop])):
-            how = "the chat template changes a turn when another follows: cut the row"
-            raise ValueError(f"has several turns, and {how}")
+            stop = whole.find(end.between, said) + len(end.between) if end and said >= 0 else 0
+            if stop <= len(opened):
+                raise ValueError(f"{problem}follows: cut the row")
         turns += [(whole[position : len(opened)], False)] if len(opened) > position else []
         turns.append((whole[len(opened) : stop], True))
         position = stop
@@ -183,10 +193,9 @@ def split_turns(
 
 
 @functools.lru_cache(maxsize=8)
-def turn_end(processing_class, _template) -> tuple[str, str, str] | None:
-    """(what a chat template writes behind an assistant's message, that up to the token which ends the turn, the token);
-    None if no token does. A model writes that token and stops: what the template puts behind it (a newline, an EOS) it
-    never writes, and training on it would only cost nats."""
+def turn_end(processing_class, _template) -> TurnEnd | None:
+    """How a chat template ends an assistant's turn; None if no token does. A model writes that token and stops: what
+    the template puts behind it (a newline, an EOS) it never writes, and training on it would only cost nats."""
     user, said = {"role": "user", "content": "a"}, {"role": "assistant", "content": "probe"}
     try:
         tail, followed = (
@@ -198,8 +207,9 @@ def turn_end(processing_class, _template) -> tuple[str, str, str] | None:
     shared = os.path.commonprefix([tail, followed])  # what belongs to the turn, and not to the end of the whole
     tokens = [token for token in tokenizer_of(processing_class).get_added_vocab() if token.strip()]
     within = shared if any(token in shared for token in tokens) else tail
-    ends = [(within.rindex(token) + len(token), token) for token in tokens if token in within]
-    return (tail, tail[: max(ends)[0]], max(ends)[1]) if ends else None
+    ends = [within.rindex(token) + len(token) for token in tokens if token in within]
+    between = [(followed.index(token), token) for token in tokens if token in followed]
+    return TurnEnd(tail, tail[: max(ends)], min(between)[1]) if ends and between else None
 
 
 @functools.lru_cache(maxsize=8)

@@ -894,6 +894,30 @@ def test_a_turn_may_be_written_otherwise_when_another_follows():
     assert seen == 'f{"a": 1}<|im_end|><think></think>it is 7<|im_end|>'
 
 
+TURNS = {  # name: template, tokens beside the vocabulary, what is scored of two turns
+    "the last one ends otherwise, as gpt-oss's": (
+        GEMMA.replace("<end_of_turn>", "{{ '<|return|>' if loop.last else '<|end|>' }}"),
+        ["<|return|>", "<|end|>"],
+        "blue<|end|>it looks warm<|return|>",
+    ),
+    "the prompt opens a reasoning, as DeepSeek's": (
+        GEMMA.replace("model\n{% endif", "model\n<think>{% endif"),
+        ["<end_of_turn>"],
+        "blue<end_of_turn>it looks warm<end_of_turn>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_turns_part_where_the_template_s_own_text_parts(name):
+    template, tokens, expected = TURNS[name]
+    tokenizer = with_tokens(template, *tokens)
+    more = [BLUE, {"role": "user", "content": "why?"}, {"role": "assistant", "content": "it looks warm"}]
+    row = prepared([{**CHAT, "chosen": more}], tokenizer)[0]
+    said = [token for token, seen in zip(row["chosen_input_ids"], row["scored"][0], strict=True) if seen]
+    assert words(tokenizer, said) == expected
+
+
 def test_of_several_turns_of_text_the_human_s_are_not_scored(tokenizer):
     start = "\n\nHuman: sky?\n\nAssistant:"
     rows = [{"chosen": f"{start} blue\n\nHuman: why?\n\nAssistant: it looks warm", "rejected": f"{start} green"}]
