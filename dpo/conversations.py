@@ -128,7 +128,7 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
     if asked in before and asked not in start:
         raise ValueError("column 'prompt': the chat template writes it otherwise when an answer follows: take another")
     end, tokens = turn_end(processing_class, str(processing_class.chat_template)), turn_tokens(processing_class)
-    tokens += (end.between,) if end else ()
+    tokens += (end.within, end.between) if end else ()
     for rank, (completion, whole) in enumerate(zip(completions, wholes, strict=True)):
         try:
             turns.append(split_turns(prompt, completion, whole, start, end, tokens, render))

@@ -896,7 +896,7 @@ def test_a_turn_may_be_written_otherwise_when_another_follows():
 
 TURNS = {  # name: template, tokens beside the vocabulary, what is scored of two turns
     "the last one ends otherwise, as gpt-oss's": (
-        GEMMA.replace("<end_of_turn>", "{{ '<|return|>' if loop.last else '<|end|>' }}"),
+        GEMMA.replace("<end_of_turn>", "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}"),
         ["<|return|>", "<|end|>"],
         "blue<|end|>it looks warm<|return|>",
     ),
