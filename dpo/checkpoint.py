@@ -90,21 +90,28 @@ def load_checkpoint(
 
     Raises: ValueError if its run differs from this one in what same_run says: it could not go on exactly.
     """
-    if not (directory / "state.pt").exists():
-        raise ValueError(f"resume_from_checkpoint {directory}: it has no state.pt (saved with save_only_model?)")
-    saved = torch.load(directory / "state.pt", map_location="cpu", weights_only=True)
+    saved = check_same_run(directory, same_run)
     if not saved.keys() >= stateful.keys():
         raise ValueError(f"resume_from_checkpoint {directory}: another version saved it")
-    before = saved["same_run"]
-    if before != same_run:
-        differing = [f"{key} {before.get(key)} (now {now})" for key, now in same_run.items() if now != before.get(key)]
-        raise ValueError(f"resume_from_checkpoint {directory}: it is of another run, with {', '.join(differing)}")
     load_weights(directory, model)
     for key, each in stateful.items():
         each.load_state_dict(saved[key])
     rank_state = torch.load(directory / f"rank-{world.rank}.pt", map_location="cpu", weights_only=True)
     state.load_state_dict(rank_state["state"])
     _set_random_states(rank_state["random"])
+
+
+def check_same_run(directory: Path, same_run: dict) -> dict:
+    """What state.pt of a checkpoint holds. Raises: ValueError if its run differs from this one in what same_run says,
+    which may be a part of all that was saved: the options, before a model is loaded."""
+    if not (directory / "state.pt").exists():
+        raise ValueError(f"resume_from_checkpoint {directory}: it has no state.pt (saved with save_only_model?)")
+    saved = torch.load(directory / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+    before = saved["same_run"]
+    differing = [f"{key} {before.get(key)} (now {now})" for key, now in same_run.items() if now != before.get(key)]
+    if differing:
+        raise ValueError(f"resume_from_checkpoint {directory}: it is of another run, with {', '.join(differing)}")
+    return saved
 
 
 def load_weights(directory: Path, model: torch.nn.Module) -> None:

@@ -144,7 +144,7 @@ class DPOConfig:
     eval_strategy: str = option("no", "When to evaluate.", choices="no steps epoch")
     eval_steps: float | None = option(None, "By default logging_steps.", above=0, needs="eval_strategy steps")
     eval_on_start: bool = option(False, "Evaluate before the first step, too.")
-    per_device_eval_batch_size: int = option(8, "Pairs in one forward pass of one process.", least=1)
+    per_device_eval_batch_size: int = option(8, "Pairs in one of its passes.", least=1, needs=EVALUATES)
     generate_during_eval: bool = option(False, "At each evaluation sample answers of policy and reference, show both.")
     num_samples: int = option(8, "Prompts to answer, the first ones.", least=1, needs="generate_during_eval")
     max_new_tokens: int = option(128, "Longest sampled answer.", least=1, needs="generate_during_eval")
@@ -163,8 +163,12 @@ class DPOConfig:
         None, "Go on from this checkpoint-N; true is the newest in output_dir, or the beginning where there is none."
     )
     load_best_model_at_end: bool = option(False, "Leave the best evaluated checkpoint's model, not the last.")
-    metric_for_best_model: str | None = option("eval_loss", "Metric that tells the best; with or without eval_.")
-    greater_is_better: bool | None = option(None, "By default true unless the metric's name ends with loss.")
+    metric_for_best_model: str | None = option(
+        "eval_loss", "Metric that tells the best; with or without eval_.", needs="load_best_model_at_end"
+    )
+    greater_is_better: bool | None = option(
+        None, "By default true unless the metric's name ends with loss.", needs="load_best_model_at_end"
+    )
 
     # ---- machine
     seed: int = option(42, "Of new weights, dropout and, unless data_seed is set, the order of the data.", **SEED)
@@ -199,7 +203,7 @@ class DPOConfig:
         if str(self.resume_from_checkpoint).lower() == "false":
             self.resume_from_checkpoint = None
         self.metric_for_best_model = f"eval_{(self.metric_for_best_model or 'loss').removeprefix('eval_')}"
-        if self.greater_is_better is None:
+        if self.greater_is_better is None and self.load_best_model_at_end:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
         try:
             self._check()

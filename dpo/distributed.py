@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -81,6 +82,21 @@ def mean_over_ranks(sums: dict, world: World) -> dict[str, float]:
     pairs, seconds, tokens = totals.pop("pairs"), totals.pop("seconds", 0.0) / world.size, totals.pop("tokens")
     rate = {"tokens_per_second": tokens / seconds} if seconds else {}
     return {key: total / pairs for key, total in totals.items()} | rate | {"tokens": tokens}
+
+
+def by_first(action: Callable, world: World):
+    """What action returns in the first process, given to all; a ValueError that it raises there is raised in all, which
+    would else wait for an answer that never comes."""
+    result = None
+    if world.rank == 0:
+        try:
+            result = action()
+        except ValueError as error:
+            result = error
+    result = from_first(result, world)
+    if isinstance(result, ValueError):
+        raise result
+    return result
 
 
 def gather_pairs(values: dict[str, torch.Tensor], world: World) -> tuple[dict[str, torch.Tensor], slice]:

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file, has_file
 
 from dpo.rows import first_line
@@ -124,8 +124,19 @@ def check_rows_fit(model: torch.nn.Module, *, largest: int, longest: int) -> Non
         raise ValueError(f"rows have up to {longest} tokens, the model has {limit} positions: set max_length {limit}")
 
 
-def add_adapter(model: torch.nn.Module, peft_config) -> torch.nn.Module:
-    """Wraps a model so that only the adapter of peft_config (a peft.PeftConfig, or a dict of LoraConfig's) trains."""
+def skeleton(name: str, **kwargs) -> torch.nn.Module | None:
+    """A model as its config.json describes it, on no device: what modules it has is known long before it is loaded.
+    None where that cannot be told; kwargs, of AutoConfig.from_pretrained."""
+    try:
+        config = AutoConfig.from_pretrained(name, **kwargs)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=kwargs.get("trust_remote_code", False))
+    except Exception:  # loading will say what is wrong
+        return None
+
+
+def check_adapter(model: torch.nn.Module, peft_config) -> PeftConfig:
+    """peft_config (a peft.PeftConfig, or a dict of LoraConfig's arguments) as a PeftConfig that fits a model."""
     if isinstance(model, PeftModel):
         raise ValueError("the model has an adapter already, which trains on: leave out use_peft and peft_config")
     try:
@@ -141,7 +152,12 @@ def add_adapter(model: torch.nn.Module, peft_config) -> torch.nn.Module:
             if name not in present and not any(module.endswith(f".{name}") for module in present):
                 close = difflib.get_close_matches(name, present, n=3) or sorted(names_of_linear_layers(model))
                 raise ValueError(f"{option} {name!r} is no module of the model: it has {', '.join(close)}")
-    return get_peft_model(model, peft_config)
+    return peft_config
+
+
+def add_adapter(model: torch.nn.Module, peft_config) -> torch.nn.Module:
+    """Wraps a model so that only the adapter of peft_config trains (see `check_adapter`)."""
+    return get_peft_model(model, check_adapter(model, peft_config))
 
 
 def names_of_linear_layers(model: torch.nn.Module) -> set[str]:

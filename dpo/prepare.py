@@ -35,6 +35,16 @@ lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps optim weight_dec
 max_grad_norm bf16 fp16 loss_type loss_weights beta label_smoothing f_divergence_type f_alpha_divergence_coef
 reference_free rpo_alpha use_weighting ld_alpha discopop_tau simpo_gamma orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha
 chipo_clip exo_beta_r sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"""
+# What a caller may give to `train`, and the options that then do nothing.
+INSTEAD = {
+    "model": "dtype attn_implementation model_revision model_init_kwargs",
+    "ref_model": "ref_model_name_or_path",
+    "train_dataset": "dataset_name",
+    "peft_config": "use_peft",
+    "data_collator": "layout padding_value",
+    "an optimizer": "optim learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon",
+    "a scheduler": "lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps",
+}
 OF_ADAPTERS = "peft_type r lora_alpha lora_dropout target_modules modules_to_save use_dora use_rslora bias"
 logger = logging.getLogger("dpo")
 
@@ -108,13 +118,17 @@ def prepare(
         sources = {"model_name_or_path": name, "eval_dataset_name": eval_dataset}
         sources["dataset_name"] = args.dataset_name if train_dataset is None else train_dataset
         run.sources = {key: value for key, value in sources.items() if value and isinstance(value, str)}
-        check_arguments(model, ref_model, optimizers, processing_class or name, data_collator, callbacks, args=args)
+        given = (train_dataset, peft_config, optimizers, processing_class or name, data_collator, callbacks)
+        check_arguments(model, ref_model, *given, args=args)
+        peft_config = adapter_config(model, peft_config, args=args)
         resume = claim_output(run, ref_model)
         hub = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
         run.processing_class = processing_class or models.load_tokenizer(name, **hub)
         run.train_rows, run.eval_sets = prepare_data(run, train_dataset, eval_dataset)
         report.show_rows(run.train_rows, run.processing_class, args.show_rows)
         run.collator = data_collator or make_collator(run.processing_class, args=args)
+        if resume:
+            checkpoint.check_same_run(resume, what_options_matter(run))
 
         # Models are built, then laid out over the processes, then given an optimizer.
         run.model, run.reference, run.starts_equal = build_models(model, ref_model, peft_config, args=args)
@@ -138,7 +152,9 @@ def prepare(
             checkpoint.load_checkpoint(resume, world, **checkpointed(run))
             if run.state.step >= run.total_steps:
                 logger.info("%s: all %d steps are done: finished already", run.output_dir, run.total_steps)
-        open_outputs(run, trackers, callbacks or [], resume)
+        distributed.by_first(lambda: open_outputs(run, trackers, callbacks or [], resume), world)
+        disable = args.disable_tqdm or world.rank > 0
+        run.bar = tqdm(total=run.total_steps, initial=run.state.step, desc="DPO", disable=disable)
     return run
 
 
@@ -182,17 +198,30 @@ def check_schedule(args: DPOConfig) -> None:
 
 
 def check_arguments(
-    model, ref_model, optimizers, tokenizer_source, data_collator, callbacks, *, args: DPOConfig
+    model,
+    ref_model,
+    train_dataset,
+    peft_config,
+    optimizers,
+    tokenizer_source,
+    data_collator,
+    callbacks,
+    *,
+    args: DPOConfig,
 ) -> None:
     """Refuses arguments of `train` that contradict each other, before anything is loaded."""
     if model is None:
         raise UserError("there is no model: set model_name_or_path")
     if not tokenizer_source:
         raise UserError("a model that was not loaded from a name or path needs a processing_class, its tokenizer")
-    if not isinstance(model, str):
-        for option in ("dtype", "attn_implementation", "model_revision", "model_init_kwargs"):
-            if getattr(args, option) != getattr(DPOConfig(), option):
-                raise UserError(f"{option} does nothing for a model that is loaded already: leave it out")
+    objects = {"model": not isinstance(model, str), "peft_config": peft_config is not None}
+    objects |= {"train_dataset": train_dataset is not None, "data_collator": data_collator is not None}
+    objects |= {"an optimizer": optimizers[0] is not None, "a scheduler": optimizers[1] is not None}
+    objects["ref_model"] = ref_model is not None
+    for name, options in INSTEAD.items():
+        for option in options.split():
+            if objects[name] and getattr(args, option) != getattr(DPOConfig(), option):
+                raise UserError(f"{option} does nothing beside {name}, which train was given: leave one of them out")
     for callback in callbacks or ():
         if not callable(callback):
             what = f"callbacks are functions of a metrics row, not {type(callback).__name__}"
@@ -205,8 +234,6 @@ def check_arguments(
         raise UserError("optimizers has a scheduler without its optimizer: pass both, or the optimizer alone")
     if args.ref_model_init_kwargs and not isinstance(ref_model or args.ref_model_name_or_path, str):
         raise UserError("ref_model_init_kwargs does nothing without a reference to load by name: leave it out")
-    if data_collator is not None and (args.layout != "auto" or args.padding_value is not None):
-        raise UserError("a data_collator has its own layout and padding: leave out layout and padding_value")
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -311,9 +338,6 @@ def build_models(model, ref_model, peft_config, *, args: DPOConfig) -> tuple[tor
         model = models.load_model(model, **{**common, "revision": args.model_revision, **args.model_init_kwargs})
     if args.disable_dropout:
         models.disable_dropout(model)
-    if args.use_peft and peft_config is None:
-        peft_config = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-        peft_config |= {"target_modules": args.lora_target_modules, "modules_to_save": args.lora_modules_to_save}
     if peft_config is not None:
         model = models.add_adapter(model, peft_config)
     models.check_trainable(model, fp16=args.fp16)
@@ -343,6 +367,18 @@ def build_models(model, ref_model, peft_config, *, args: DPOConfig) -> tuple[tor
     return model, reference, must_agree
 
 
+def adapter_config(model, peft_config, *, args: DPOConfig):
+    """The adapter to train: the caller's, that of the options, or None; checked against a model that is only named."""
+    if args.use_peft:
+        peft_config = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+        peft_config |= {"target_modules": args.lora_target_modules, "modules_to_save": args.lora_modules_to_save}
+    if peft_config is None or not isinstance(model, str):
+        return peft_config
+    hub = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+    named = models.skeleton(model, **hub)
+    return peft_config if named is None else models.check_adapter(named, peft_config)
+
+
 def make_optimizers(run: Run, optimizers: tuple) -> tuple:
     """(optimizer, learning-rate scheduler): the caller's, or those of the options."""
     args, (optimizer, scheduler) = run.args, optimizers
@@ -366,7 +402,7 @@ def checkpointed(run: Run) -> dict:
 def what_matters(run: Run) -> dict:
     """All that makes a run's numbers what they are, in plain values: what a run that goes on must share with it."""
     args, model = run.args, run.model
-    same_run = {"processes": run.world.size, "rows": fingerprint(run.train_rows), "model": models.fingerprint(model)}
+    same_run = what_options_matter(run) | {"model": models.fingerprint(model)}
     if run.reference.ref_model is not None:
         same_run["reference"] = models.fingerprint(run.reference.ref_model)
     if isinstance(model, PeftModel):
@@ -376,6 +412,12 @@ def what_matters(run: Run) -> dict:
             same_run[f"adapter's {key}"] = str(sorted(value) if isinstance(value, set) else value)
     if not args.lr_scheduler_type.startswith("constant") or args.warmup_ratio:
         same_run["steps"] = run.total_steps  # the learning rate of each step depends on their number
+    return same_run
+
+
+def what_options_matter(run: Run) -> dict:
+    """As much of `what_matters` as is known before the models are."""
+    args, same_run = run.args, {"processes": run.world.size, "rows": fingerprint(run.train_rows)}
     for option in ("model_init_kwargs", "ref_model_init_kwargs"):
         same_run[option] = str(report.portable(getattr(args, option)))
     return same_run | {option: getattr(args, option) for option in EXACT_OPTIONS.split()}
@@ -390,19 +432,14 @@ def claim_output(run: Run, ref_model) -> Path | None:
     name = sources.get("model_name_or_path", "")
     sources |= {"the adapter's base": base} if Path(name).is_dir() and (base := models.adapter_base(name)) else {}
     files.check_output(run.output_dir, sources)
-    resume = None
-    if run.world.rank == 0:
-        try:
-            if run.output_dir.exists():
-                run.lock = files.lock(run.output_dir)
-            wanted, overwrite = args.resume_from_checkpoint, args.overwrite_output_dir
-            resume = checkpoint.find_checkpoint(wanted, run.output_dir, overwrite=overwrite)
-        except ValueError as error:  # which the other processes, that wait for the answer, shall have as well
-            resume = error
-    resume = distributed.from_first(resume, run.world)
-    if isinstance(resume, ValueError):
-        raise resume
-    return resume
+
+    def claim() -> Path | None:
+        if run.output_dir.exists():
+            run.lock = files.lock(run.output_dir)
+        wanted, overwrite = args.resume_from_checkpoint, args.overwrite_output_dir
+        return checkpoint.find_checkpoint(wanted, run.output_dir, overwrite=overwrite)
+
+    return distributed.by_first(claim, run.world)
 
 
 def note_files(run: Run, status: str, names: list[str] = ()) -> None:
@@ -413,12 +450,8 @@ def note_files(run: Run, status: str, names: list[str] = ()) -> None:
 
 
 def open_outputs(run: Run, trackers: dict, callbacks: list[Callable], resume: Path | None) -> None:
-    """Opens what the run writes to, in the first process: metrics.jsonl, config.yaml, trackers, the progress bar."""
+    """Opens what the run writes to, in the first process: metrics.jsonl, config.yaml, trackers."""
     args, step, output_dir = run.args, run.state.step, run.output_dir
-    disable = args.disable_tqdm or run.world.rank > 0
-    run.bar = tqdm(total=run.total_steps, initial=step, desc="DPO", disable=disable)
-    if run.world.rank > 0:
-        return
     if run.lock is None:
         run.lock = files.lock(output_dir)
         if files.run_in(output_dir):  # output_dir was not there when this run began

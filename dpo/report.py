@@ -14,6 +14,7 @@ from huggingface_hub import ModelCardData
 from matplotlib.figure import Figure
 
 from dpo.collate import completions_of
+from dpo.files import write_whole
 from dpo.rows import first_line
 
 logger = logging.getLogger("dpo")
@@ -87,7 +88,7 @@ def portable_config(options: dict) -> dict:
 
 
 def write_config(output_dir: Path, options: dict) -> None:
-    (output_dir / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False), encoding="utf-8")
+    write_whole(output_dir / "config.yaml", yaml.safe_dump(options, sort_keys=False))
 
 
 def read_rows(path: Path, *, up_to_step: int) -> list[dict]:
@@ -255,5 +256,5 @@ def create_model_card(
     if (output_dir / "rewards.png").exists():
         text += "\n![rewards](rewards.png)\n"
     path = output_dir / "README.md"
-    path.write_text(text, encoding="utf-8")
+    write_whole(path, text)
     return path

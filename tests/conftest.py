@@ -113,7 +113,8 @@ def start(output_dir: Path, model=None, rows=None, eval_rows=None, **options):
     """A short run on the tiny model, every step logged; options are those of DPOConfig or arguments of `train`."""
     names = ("callbacks", "compute_metrics", "data_collator", "optimizers", "peft_config", "ref_model")
     arguments = {name: options.pop(name) for name in names if name in options}
-    defaults = {"learning_rate": 1e-3, "num_train_epochs": 1, "logging_steps": 1, "save_strategy": "no"}
+    rate = {} if "optimizers" in arguments else {"learning_rate": 1e-3}
+    defaults = {**rate, "num_train_epochs": 1, "logging_steps": 1, "save_strategy": "no"}
     return train(
         make_model() if model is None else model,
         args=DPOConfig(output_dir=str(output_dir), **{**defaults, "disable_tqdm": True, **options}),

@@ -63,6 +63,19 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
         time.sleep(0.001)
 
 
+def files_seen(output_dir: Path) -> list:
+    return sorted((path.name, path.stat().st_mtime_ns) for path in output_dir.glob("[mr]*.*"))
+
+
+def kill(process: subprocess.Popen, processes: int) -> bool:
+    """Kills it, whatever it is at; whether it was still at something."""
+    is_alive = process.poll() is None
+    process.kill()
+    process.wait()
+    time.sleep(0.0 if processes == 1 else 3.0)  # torchrun's workers notice that it is gone, save, and leave
+    return is_alive
+
+
 def survived(kind: str, tries: int, failures: list) -> None:
     FAULTS.append((kind, tries, tries - len(failures)))
     assert not failures
@@ -89,17 +102,21 @@ def test_kills(when, processes, folder, tries):
     for number in range(tries):
         output_dir = f"killed-{when.split()[-1]}-{processes}-{number}"
         process = launch(folder, output_dir, processes)
-        wait_for(lambda path=folder / output_dir: (path / "metrics.jsonl").exists(), process)
+        begun = folder / output_dir / ("metrics.jsonl" if number % 2 or when == "while saving" else "run.lock")
+        wait_for(begun.exists, process)
         if when == "while saving":
             for _ in range(dice.randint(1, 6)):  # in one of the first saves, somewhere in its middle
                 wait_for(lambda path=folder / output_dir: list(path.glob("*.unfinished")), process)
             time.sleep(dice.uniform(0, 0.03))
         else:
             time.sleep(dice.uniform(0, 1.5))
-        is_killed = process.poll() is None
-        process.kill()
-        process.wait()
-        time.sleep(0.0 if processes == 1 else 3.0)  # torchrun's workers notice that it is gone, save, and leave
+        is_killed = kill(process, processes)
+        if when == "at a random moment" and number % 4 == 3 and is_killed:  # and again, as it takes up its own files
+            known = files_seen(folder / output_dir)
+            process = launch(folder, output_dir, processes)
+            wait_for(lambda path=folder / output_dir, known=known: files_seen(path) != known, process)
+            time.sleep(dice.uniform(0, 0.05))
+            kill(process, processes)
         if not ends_as_if_nothing_had_happened(folder, output_dir, processes):
             failures.append(output_dir)
         shutil.rmtree(folder / output_dir)

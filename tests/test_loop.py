@@ -290,7 +290,7 @@ def test_arguments_that_contradict_each_other_are_refused(tmp_path):
         ({"ref_model": "m", "reference_free": True}, "no use for a ref_model"),
         ({"ref_model": "m", "loss_type": "simpo"}, "no use for a ref_model"),
         ({"ref_model": model}, "which will train"),
-        ({"dtype": "bfloat16"}, "dtype does nothing for a model that is loaded already"),
+        ({"dtype": "bfloat16"}, "dtype does nothing beside model, which train was given"),
         ({"loss_type": "aot", "rows": [{**ROWS[0], "weight": 2}]}, "aot sorts the batch, weights are of pairs: lea"),
         ({"peft_config": {"r": 2}}, "has an adapter already"),
         ({"model": make_model(), "peft_config": PROMPT_TUNING}, "prompt learning puts tokens before the text"),

@@ -181,7 +181,8 @@ ELSEWHERE = {
     "skip_bad_rows": "test_bad_rows_stop_the_run_or_are_left_out",
     "layout": "test_layout_is_that_of_the_batches",
     "per_device_eval_batch_size": "test_batch_sizes_and_workers_of_training_and_evaluation",
-    "output_dir run_name disable_tqdm use_cpu": "",
+    "output_dir disable_tqdm use_cpu": "test_where_a_run_goes_and_what_it_is_called_there",
+    "run_name": "test_a_tracker_is_told_the_name_of_the_run",
 }
 
 
@@ -258,3 +259,64 @@ def test_quantized_models_train_an_adapter_exactly_and_nothing_else(tmp_path):
         start(tmp_path / "a", model=load())
     run = start(tmp_path / "b", model=load(), peft_config={"r": 4})
     assert isinstance(run.model, PeftModel) and run.rows[0]["rewards/chosen"] == 0 != run.rows[-1]["rewards/chosen"]
+
+
+UNLOADED = {  # options of a second run, and the words that refuse them before its model is loaded
+    "use_peft lora_target_modules": ({"use_peft": True, "lora_target_modules": ["q_prj"]}, "'q_prj' is no module"),
+    "lora_modules_to_save": ({"use_peft": True, "lora_modules_to_save": ["head"]}, "'head' is no module of the mode"),
+    "beta": ({"beta": 0.5, "resume_from_checkpoint": "true"}, r"is of another run, with beta 0.1 \(now 0.5\)"),
+    "rows": ({"rows": make_rows(9), "resume_from_checkpoint": "true"}, "is of another run, with rows 16 of"),
+}
+
+
+@pytest.mark.parametrize("name", UNLOADED)
+def test_what_can_be_refused_is_refused_before_the_model_is_loaded(name, tmp_path, caplog, monkeypatch):
+    options, words = UNLOADED[name]
+    go(tmp_path / "run", {**SAVE, "max_steps": 1}, caplog)
+    monkeypatch.setattr("dpo.models.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    folder = tmp_path / ("run" if "resume_from_checkpoint" in options else "other")
+    with pytest.raises(UserError, match=words):
+        go(folder, {**SAVE, "max_steps": 1, **options}, caplog)
+
+
+def test_options_do_nothing_beside_what_train_is_given(tmp_path):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    for options in (
+        {"model_init_kwargs": {"a": 1}},
+        {"peft_config": {"r": 2}, "use_peft": True},
+        {"dataset_name": "there"},
+        {"ref_model": make_model(), "ref_model_name_or_path": "there"},
+        {"optimizers": (optimizer, None), "learning_rate": 0.1},
+        {"optimizers": (optimizer, None), "adam_beta1": 0.1},
+        {"optimizers": (optimizer, schedule), "warmup_steps": 1},
+        {"optimizers": (optimizer, schedule), "lr_scheduler_type": "cosine"},
+    ):
+        with pytest.raises(UserError, match=rf"\A{list(options)[-1]} does nothing beside "):
+            start(tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_a_run_goes_and_what_it_is_called_there(tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for quiet in (True, False):
+        run = start(tmp_path / str(quiet), max_steps=1, report_to=["tensorboard"], disable_tqdm=quiet, use_cpu=True)
+        assert run.world.device.type == "cpu" and run.output_dir == tmp_path / str(quiet) and names(run)
+        assert ("DPO:" in capsys.readouterr().err) != quiet
+    events = EventAccumulator(str(run.output_dir / "tensorboard"))
+    events.Reload()
+    assert "loss" in events.Tags()["scalars"]
+
+
+def test_a_tracker_is_told_the_name_of_the_run(tmp_path, monkeypatch):
+    told = []
+
+    class Tracker:
+        init = staticmethod(lambda **options: told.append(options["name"]))
+        log = staticmethod(lambda row, step: None)
+
+    monkeypatch.setattr("dpo.report.import_trackers", lambda names: {"wandb": Tracker} if names else {})
+    for number, options in enumerate(({}, {"run_name": "mine"})):
+        start(tmp_path / str(number), max_steps=1, report_to=["wandb"], **options)
+    assert told == ["0", "mine"]
