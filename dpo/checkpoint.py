@@ -54,9 +54,10 @@ def save_model(directory: Path, world: World, model: torch.nn.Module, processing
     if broken := not_finite(model):
         raise ValueError(f"the weights of {broken} are not finite: lower learning_rate")
     if world.rank == 0:
-        model.save_pretrained(directory)
         adapter = getattr(model, "active_adapter", None)
-        if isinstance(model, PeftModel) and (directory / adapter).is_dir():
+        own = {"selected_adapters": [adapter]} if isinstance(model, PeftModel) else {}  # not that of the reference
+        model.save_pretrained(directory, **own)
+        if own and (directory / adapter).is_dir():
             # PEFT puts an adapter that has a name into a folder of its own, where nothing looks for it.
             for path in (directory / adapter).iterdir():
                 path.rename(directory / path.name)

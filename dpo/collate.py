@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 LAYOUTS = ("plain", "padded")
 NUMBERS = {"margin": "margins", "weight": "weights", "scores": "scores"}  # of a row, and their names in a batch
+NUMBERS |= {name: name for name in ("ref_chosen_logps", "ref_rejected_logps")}  # the reference's, worked out before
 
 
 @dataclass
@@ -36,8 +37,9 @@ class DataCollatorForPreference:
         """Rows with prompt_input_ids, chosen_input_ids and rejected_input_ids to those keys as (B, P), (B, C), (B, R)
         int64 tensors, each with its X_attention_mask of zeros and ones. Where a row's rejected_input_ids are several
         lists, rejected is (B, K−1, R), all padding where a row has fewer. The rows' numbers come with them where there
-        are any: margins and weights (B,) float32, scores (B, K); and scored, (K·B, width) bool, chosen first, where a
-        row says which of its completions' tokens are. Other keys of a row are ignored."""
+        are any: margins and weights (B,) float32, scores (B, K), ref_chosen_logps and ref_rejected_logps; and scored,
+        (K·B, width) bool, chosen first, where a row says which of its completions' tokens are. Other keys of a row are
+        ignored."""
         batch = {}
         for part in ("prompt", "chosen", "rejected"):
             rows = [row[f"{part}_input_ids"] for row in features]
@@ -58,7 +60,7 @@ class DataCollatorForPreference:
         for column, name in NUMBERS.items():
             if column in features[0]:
                 values = [torch.tensor(row[column], dtype=torch.float32) for row in features]
-                batch[name] = pad(values, 0) if column == "scores" else torch.stack(values)
+                batch[name] = pad(values, 0) if values[0].ndim else torch.stack(values)
         return batch if self.layout == "plain" else padded_batch(batch, self.pad_token_id)
 
 

@@ -20,7 +20,7 @@ from dpo.losses import F_DIVERGENCES, OF_RANKINGS, OVER_THE_BATCH, WITH_REFERENC
 
 EXAMPLE = Path(__file__).parent / "example" / "config.yaml"
 SCHEDULES = " ".join(kind.value for kind in SchedulerType)
-ADAMW = "adamw_torch adamw_8bit paged_adamw_8bit"
+ADAMW = "adamw_torch adamw_torch_fused adamw_8bit adamw_bnb_8bit paged_adamw_8bit paged_adamw_32bit"
 Json, Words = dict | str | None, list[str] | None  # types of options
 EVALUATES, SAVES = "eval_strategy steps epoch", "save_strategy steps epoch"  # what options need
 SEED = {"least": 0, "most": 2**32 - 1}
@@ -59,12 +59,32 @@ class DPOConfig:
     disable_dropout: bool = option(True, "Switch off dropout in policy and reference, so that rewards start at 0.")
     gradient_checkpointing: bool = option(False, "Recompute activations in backward: less memory, more time.")
     gradient_checkpointing_kwargs: Json = option(None, "More arguments of it, as JSON.", needs="gradient_checkpointing")
+    load_in_4bit: bool = option(False, "Keep the model's weights in 4 bits (QLoRA); an adapter trains.")
+    load_in_8bit: bool = option(False, "The same in 8 bits.")
+    bnb_4bit_quant_type: str = option("nf4", "The 4 bits.", choices="nf4 fp4", needs="load_in_4bit")
+    use_bnb_nested_quant: bool = option(False, "Quantise their constants, too.", needs="load_in_4bit")
     use_peft: bool = option(False, "Train a LoRA adapter; the reference is the model without it.")
     lora_r: int = option(16, "Rank of the adapter.", least=1, needs="use_peft")
     lora_alpha: int = option(32, "The adapter's output is scaled by lora_alpha / lora_r.", least=1, needs="use_peft")
     lora_dropout: float = option(0.0, "Dropout of the adapter alone.", least=0, below=1, needs="use_peft")
     lora_target_modules: Words = option(None, "Modules to adapt; by default PEFT's choice.", needs="use_peft")
     lora_modules_to_save: Words = option(None, "Modules to train whole, beside the adapter.", needs="use_peft")
+    use_dora: bool = option(False, "Train the lengths of the weights' columns, too (DoRA).", needs="use_peft")
+    use_rslora: bool = option(False, "Scale by lora_alpha / √lora_r.", needs="use_peft")
+    init_lora_weights: str = option("true", "How it starts: true, gaussian, pissa, olora, ...", needs="use_peft")
+    merge_adapter: bool = option(False, "Leave in output_dir/merged the model with its adapter merged into it, too.")
+
+    # ---- reference
+    force_use_ref_model: bool = option(False, "Take the given reference model, though an adapter has its own.")
+    model_adapter_name: str | None = option(None, "Name, in the model, of the adapter that trains.")
+    ref_adapter_name: str | None = option(None, "Name of another one, frozen: the reference. A path is loaded twice.")
+    precompute_ref_log_probs: bool = option(False, "Score all rows under the reference first; keep the results.")
+    precompute_ref_batch_size: int | None = option(
+        None, "Pairs in one pass of that; by default those of training.", least=1, needs="precompute_ref_log_probs"
+    )
+    ref_cache_dir: str | None = option(
+        None, "Where they are kept; by default under the Hugging Face cache.", needs="precompute_ref_log_probs"
+    )
 
     # ---- data
     dataset_name: str | None = option(None, "Preference pairs: Hub name, local file or directory.")
@@ -125,7 +145,7 @@ class DPOConfig:
     lr_scheduler_kwargs: Json = option(None, "Its further arguments, as JSON.")
     warmup_ratio: float = option(0.0, "Share of all steps in which the learning rate rises from 0.", least=0, below=1)
     warmup_steps: int = option(0, "The same as a number of steps; it wins over warmup_ratio.", least=0)
-    optim: str = option("adamw_torch", "The optimizer.", choices=f"{ADAMW} rmsprop sgd")
+    optim: str = option("adamw_torch", "The optimizer.", choices=f"{ADAMW} rmsprop adafactor sgd")
     weight_decay: float = option(0.0, "Weight decay, decoupled in AdamW; not on biases and norms.", least=0)
     adam_beta1: float = option(0.9, "Decay of Adam's mean of gradients.", least=0, below=1, needs=f"optim {ADAMW}")
     adam_beta2: float = option(0.999, "The same of squared gradients.", least=0, below=1, needs=f"optim {ADAMW}")
@@ -239,8 +259,10 @@ class DPOConfig:
 
     def _conflicts(self, losses: set[str]) -> list[tuple[bool, str]]:
         """(whether it is so, what to do about it), of options that exclude or need each other."""
-        named, by_rank, sorts = ", ".join(losses), losses & set(OF_RANKINGS), losses & set(OVER_THE_BATCH)
+        listed, by_rank, sorts = ", ".join(losses), losses & set(OF_RANKINGS), losses & set(OVER_THE_BATCH)
         refers, other = losses & set(WITH_REFERENCE), self.ref_model_name_or_path is not None
+        cached = self.precompute_ref_log_probs
+        named, needed = self.ref_adapter_name is not None, bool(refers) and not self.reference_free
         sync, no_eval, schedule = self.sync_ref_model, self.eval_strategy == "no", self.lr_scheduler_type
         evaluation = self.eval_on_start or self.generate_during_eval or self.eval_dataset_name
         unlike, accumulates = self.eval_strategy != self.save_strategy, self.gradient_accumulation_steps > 1
@@ -269,14 +291,28 @@ class DPOConfig:
                 "save_only_model saves nothing to resume from: leave out one of it and resume_from_checkpoint",
             ),
             (best and apart, "load_best_model_at_end needs save_steps that are a multiple of eval_steps"),
-            (not refers and sync, f"loss_type {named} has no reference: leave out sync_ref_model"),
-            (not refers and other, f"loss_type {named} has no reference: leave out ref_model_name_or_path"),
+            (self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit exclude each other: keep one"),
+            (
+                self.load_in_8bit and self.use_dora,
+                "use_dora needs the weights, load_in_8bit hides them: load_in_4bit will do",
+            ),
+            (not refers and cached, f"loss_type {listed} has no reference: leave out precompute_ref_log_probs"),
+            (self.reference_free and cached, "reference_free has nothing to score: leave out precompute_ref_log_probs"),
+            (sync and cached, "sync_ref_model moves the reference: leave out precompute_ref_log_probs"),
+            (named and other, "ref_adapter_name and ref_model_name_or_path are two references: keep one"),
+            (named and not needed, "ref_adapter_name is a reference, and none is asked: leave it out"),
+            (named and self.use_peft, "ref_adapter_name is of an adapter trained before: leave out use_peft"),
+            (not refers and sync, f"loss_type {listed} has no reference: leave out sync_ref_model"),
+            (not refers and other, f"loss_type {listed} has no reference: leave out ref_model_name_or_path"),
             (self.reference_free and other, "reference_free runs no reference: leave out ref_model_name_or_path"),
             (sync and self.reference_free, "sync_ref_model moves the reference: leave out reference_free"),
             (sync and other, "sync_ref_model moves the policy's own start: leave out ref_model_name_or_path"),
-            (self.use_weighting and (by_rank or sorts), f"use_weighting weighs pairs, {named} does not: leave one out"),
-            (ld and by_rank, f"ld_alpha compares the two of a pair, {named} ranks more: leave one out"),
-            (accumulates and sorts, f"{named} sorts the whole batch: leave out gradient_accumulation_steps"),
+            (
+                self.use_weighting and (by_rank or sorts),
+                f"use_weighting weighs pairs, {listed} does not: leave one out",
+            ),
+            (ld and by_rank, f"ld_alpha compares the two of a pair, {listed} ranks more: leave one out"),
+            (accumulates and sorts, f"{listed} sorts the whole batch: leave out gradient_accumulation_steps"),
             (no_eval and evaluation, "eval_on_start, generate_during_eval and eval_dataset_name need an eval_strategy"),
             (best and (no_eval or unlike), "load_best_model_at_end needs eval_strategy and save_strategy set alike"),
             (schedule in ("reduce_lr_on_plateau", "greedy"), f"lr_scheduler_type {schedule} needs a metric: no use"),
@@ -349,11 +385,11 @@ per_gpu_eval_batch_size: use per_device_eval_batch_size
 evaluation_strategy: use eval_strategy
 torch_dtype: use dtype
 label_smoothing_factor: use label_smoothing
-adafactor optim_args: choose one of the optimizers of optim, or pass optimizers=... to dpo.loop.train
+adafactor: use optim adafactor
+optim_args: choose one of the optimizers of optim, or pass optimizers=... to dpo.loop.train
 optim_target_modules: use use_peft and lora_target_modules
-lora_target_parameters lora_task_type use_rslora use_dora: pass peft_config=peft.LoraConfig(...) to dpo.loop.train
-load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage: this version does not \
-quantise: pass a model that you loaded so to dpo.loop.train
+lora_target_parameters lora_task_type: pass peft_config=peft.LoraConfig(...) to dpo.loop.train
+bnb_4bit_quant_storage: bitsandbytes' own serves
 activation_checkpointing activation_checkpointing_kwargs activation_offloading: use gradient_checkpointing
 train_sampling_strategy: use shuffle and group_by_length
 router_aux_loss_coef: set it, and output_router_logits, in model_init_kwargs
@@ -382,15 +418,12 @@ push_to_hub push_to_hub_model_id push_to_hub_organization push_to_hub_token hub_
 hub_revision hub_private_repo hub_always_push: after the run: hf upload NAME OUTPUT_DIR
 use_num_logits_to_keep: only completion positions ever reach the head
 label_pad_token_id: there are no padded labels: a mask says which positions count
-force_use_ref_model: a reference model that is given is always used
 ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph dataloader_multiprocessing_context dataloader_in_order: \
 PyTorch's defaults serve
 parallelism_config fsdp fsdp_min_num_params fsdp_config fsdp_transformer_layer_cls_to_wrap deepspeed: this version \
 replicates the model in every process (DDP) and does not shard it
 is_encoder_decoder: this version trains decoder-only language models
 padding_free: this version has the padded layout only
-model_adapter_name ref_adapter_name precompute_ref_log_probs precompute_ref_batch_size: in this version the reference \
-is the policy's start, another model (ref_model_name_or_path), or none
 """
 LEFT_OUT = [line.split(": ", 1) for line in LEFT_OUT.strip().splitlines()]
 

@@ -158,13 +158,15 @@ def prepare_dataset(
     skip_bad_rows: bool = False,
     chat_template_kwargs: dict | None = None,
     read_margin: bool = True,
+    read_reference: bool = False,
     num_proc: int | None = None,
 ) -> Dataset:
     """Checks, renders and tokenises every row; named datasets become one dataset of token ids.
 
     Args: ranked, rows may rank more than two completions: rejected_input_ids is then a list of lists; read_scores, keep
     their scores; allow_ties, some completions or scores of a row may be equal; chat_template_kwargs, as in
-    `render_row`; read_margin, keep the column margin; the limits as in `truncate_row`.
+    `render_row`; read_margin, keep the column margin; read_reference, keep the columns ref_chosen_logps and
+    ref_rejected_logps, of pairs; the limits as in `truncate_row`.
     Returns: a Dataset with prompt_input_ids, chosen_input_ids, rejected_input_ids, source (its part and row), length
     (tokens of the prompt and the longest completion) and, where rows have them, margin, weight and scores, best first;
     and scored, of each completion whether its tokens are, where not all of all rows' are.
@@ -173,6 +175,11 @@ def prepare_dataset(
     """
     numbers = [column for column in ("margin", "weight") if all(_has_numbers(rows, column) for rows in parts.values())]
     numbers = [column for column in numbers if read_margin or column != "margin"]
+    columns = ("ref_chosen_logps", "ref_rejected_logps")
+    if read_reference and all(_has_numbers(rows, column) for rows in parts.values() for column in columns):
+        if ranked:
+            raise ValueError(f"column {columns[0]!r} is of pairs, the loss ranks more: leave the column out")
+        numbers += columns
     limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
     limits |= {"max_length": max_length, "truncation_mode": truncation_mode}
     options = {"processing_class": processing_class, "numbers": numbers, "limits": limits, "ranked": ranked}

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import datasets
@@ -28,7 +28,19 @@ from dpo.config import DPOConfig, UserError, parse_args
 from dpo.distributed import World, gather_pairs, synchronize_gradients
 from dpo.logprobs import concatenated_forward
 from dpo.losses import OVER_THE_BATCH, dpo_loss
-from dpo.prepare import Run, checkpointed, loss_names, loss_options, note_files, plan_epoch, prepare, user_errors
+from dpo.merge import merge_adapter
+from dpo.prepare import (
+    Run,
+    autocast,
+    checkpointed,
+    how_to_load,
+    loss_names,
+    loss_options,
+    note_files,
+    plan_epoch,
+    prepare,
+    user_errors,
+)
 from dpo.reference import Reference
 from dpo.report import create_model_card
 from dpo.sampling import generate_from_model_and_ref
@@ -238,13 +250,6 @@ def clip_gradient(run: Run, micro_batches: list[dict]) -> torch.Tensor:
     return grad_norm
 
 
-def autocast(args: DPOConfig, world: World):
-    """Mixed precision for policy and reference alike, in training, evaluation and sampling."""
-    if not (args.bf16 or args.fp16):
-        return nullcontext()
-    return torch.autocast(world.device.type, dtype=torch.bfloat16 if args.bf16 else torch.float16)
-
-
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -418,6 +423,10 @@ def finish(run: Run) -> None:
         if world.rank == 0:
             announce = partial(note_files, run, "training")
             names = files.move_into(output_dir / files.FINAL, output_dir, announce=announce)
+            if args.merge_adapter:
+                note_files(run, "training", [*names, "merged"])
+                merge_adapter(str(output_dir), output_dir / "merged", **how_to_load(args))
+                names.append("merged")
     if world.rank == 0:
         report.plot_rewards(run.rows, output_dir / "rewards.png")
         sources = {"model_name": run.sources.get("model_name_or_path"), "dataset_name": run.sources.get("dataset_name")}

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import importlib.util
 import json
 import math
 import re
@@ -9,18 +10,27 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import find_adapter_config_file, has_file
 
 from dpo.rows import first_line
 
 
-def load_model(name: str, *, dtype: str = "float32", revision: str = "main", **kwargs) -> torch.nn.Module:
+def load_model(
+    name: str,
+    *,
+    dtype: str = "float32",
+    revision: str = "main",
+    adapter_name: str | None = None,
+    ref_adapter_name: str | None = None,
+    **kwargs,
+) -> torch.nn.Module:
     """A causal language model by Hub name or directory; one that holds a PEFT adapter gives the base model with that
     adapter, trainable.
 
     Args: dtype, of the weights (AdamW's updates at a learning rate of 1e-6 are too small for bfloat16's 8 bits);
-    revision, of name on the Hub; kwargs, of from_pretrained (None values are left out).
+    revision, of name on the Hub; adapter_name, what the adapter is called in the model; ref_adapter_name, load it once
+    more, under this name, frozen; kwargs, of from_pretrained (None values are left out).
     Raises: ValueError in one line if there is no such model, or its files lack weights that would then be random.
     """
     kwargs = {"dtype": dtype, **{key: value for key, value in kwargs.items() if value is not None}}
@@ -33,7 +43,9 @@ def load_model(name: str, *, dtype: str = "float32", revision: str = "main", **k
             model, info = AutoModelForCausalLM.from_pretrained(base, **kwargs)
         wrong = {**info, "mismatched_keys": [key for key, *_ in info["mismatched_keys"]]}
         if base is not None:
-            model, wrong = add_saved_adapter(model, name, revision)
+            model, wrong = add_saved_adapter(model, name, revision, adapter_name or "default")
+            if ref_adapter_name is not None:
+                model.load_adapter(name, ref_adapter_name, revision=revision)
     except Exception as error:  # what is in somebody's folder may fail anywhere, a file cut short deep in a library
         raise ValueError(f"cannot load the model {str(name)!r}: {first_line(error)}") from error
     for kind in ("missing_keys", "mismatched_keys"):
@@ -55,14 +67,16 @@ def not_finite(model: torch.nn.Module) -> str | None:
     return next((name for name, p in named if p.is_floating_point() and not torch.isfinite(p).all()), None)
 
 
-def add_saved_adapter(model: torch.nn.Module, name: str, revision: str) -> tuple[PeftModel, dict[str, list[str]]]:
+def add_saved_adapter(
+    model: torch.nn.Module, name: str, revision: str, adapter_name: str
+) -> tuple[PeftModel, dict[str, list[str]]]:
     """(base model with the adapter of a directory or Hub name, trainable; the keys of the two that do not fit)."""
     saved = load_peft_weights(name, device="cpu", **({} if Path(name).is_dir() else {"revision": revision}))
     embeddings = [value for key, value in saved.items() if key.endswith(("embed_tokens.weight", "lm_head.weight"))]
     if embeddings and len(embeddings[0]) != model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(embeddings[0]))  # as it was when the adapter was trained
-    model = PeftModel.from_pretrained(model, name, is_trainable=True, revision=revision)
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    model = PeftModel.from_pretrained(model, name, adapter_name, is_trainable=True, revision=revision)
+    wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False).keys()
     return model, {
         "missing_keys": sorted(wanted - saved.keys()),
         "mismatched_keys": [],
@@ -155,9 +169,40 @@ def check_adapter(model: torch.nn.Module, peft_config) -> PeftConfig:
     return peft_config
 
 
-def add_adapter(model: torch.nn.Module, peft_config) -> torch.nn.Module:
+def add_adapter(model: torch.nn.Module, peft_config, adapter_name: str | None = None) -> torch.nn.Module:
     """Wraps a model so that only the adapter of peft_config trains (see `check_adapter`)."""
-    return get_peft_model(model, check_adapter(model, peft_config))
+    return get_peft_model(model, check_adapter(model, peft_config), adapter_name or "default")
+
+
+def adapter_key(name: str | None) -> str | None:
+    """A name of an adapter as PEFT can have it: it keeps adapters in a torch.nn.ModuleDict, where the names of methods
+    (train, the one in the document's own example) are taken."""
+    return f"{name}_" if name is not None and hasattr(torch.nn.ModuleDict(), name) else name
+
+
+def pick_adapter(model: torch.nn.Module, name: str, ref_name: str | None) -> None:
+    """Lets the named one of a PEFT model's adapters train, beside that of the reference."""
+    names = list(getattr(model, "peft_config", {}))
+    for option, wanted in (("model_adapter_name", name), ("ref_adapter_name", ref_name)):
+        if wanted is not None and wanted not in names:
+            raise ValueError(f"{option} {wanted!r} is no adapter of the model: it has {', '.join(names) or 'none'}")
+    if name == ref_name:
+        raise ValueError(f"ref_adapter_name {ref_name!r} is the adapter that trains: load it once more, and name that")
+    if name != model.active_adapter:
+        model.set_adapter(name)
+
+
+def quantization(*, load_in_4bit: bool, load_in_8bit: bool, quant_type: str, nested: bool, dtype: str) -> dict:
+    """from_pretrained's arguments that keep a model's weights in 4 or 8 bits; computes in dtype. Source: QLoRA,
+    Dettmers et al. 2023 (arXiv 2305.14314): 4-bit NormalFloat, and quantised constants where nested."""
+    if not (load_in_4bit or load_in_8bit):
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("load_in_4bit and load_in_8bit need bitsandbytes: pip install bitsandbytes")
+    four = {"bnb_4bit_quant_type": quant_type, "bnb_4bit_use_double_quant": nested}
+    four |= {"bnb_4bit_compute_dtype": torch.float32 if dtype == "auto" else dtype}
+    bits = {"load_in_4bit": True, **four} if load_in_4bit else {"load_in_8bit": True}
+    return {"quantization_config": BitsAndBytesConfig(**bits)}
 
 
 def names_of_linear_layers(model: torch.nn.Module) -> set[str]:
@@ -204,20 +249,22 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer over the parameters that train; biases and norms, all of one dimension, do not decay.
 
-    Args: name, adamw_torch (the fused kernel where there is one), adamw_8bit and paged_adamw_8bit (bitsandbytes),
-    rmsprop (what the DPO paper used) or sgd; betas and eps are Adam's.
+    Args: name, adamw_torch or adamw_torch_fused (the fused kernel), adamw_8bit or adamw_bnb_8bit, paged_adamw_8bit and
+    paged_adamw_32bit (bitsandbytes), rmsprop (what the DPO paper used), adafactor or sgd; betas and eps are Adam's.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     matrices, vectors = [p for p in trained if p.ndim >= 2], [p for p in trained if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
-    if name in ("rmsprop", "sgd"):
-        return {"rmsprop": torch.optim.RMSprop, "sgd": torch.optim.SGD}[name](groups, lr=learning_rate)
-    if name == "adamw_torch":
+    others = {"rmsprop": torch.optim.RMSprop, "sgd": torch.optim.SGD, "adafactor": torch.optim.Adafactor}
+    if name in others:
+        return others[name](groups, lr=learning_rate)
+    if name in ("adamw_torch", "adamw_torch_fused"):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
     try:
         import bitsandbytes as bnb
     except ImportError as error:
         raise ValueError(f"optim {name} needs bitsandbytes: pip install bitsandbytes") from error
-    adamw = {"adamw_8bit": bnb.optim.AdamW8bit, "paged_adamw_8bit": bnb.optim.PagedAdamW8bit}[name]
-    return adamw(groups, lr=learning_rate, betas=betas, eps=eps)
+    kinds = {"adamw_8bit": bnb.optim.AdamW8bit, "adamw_bnb_8bit": bnb.optim.AdamW8bit}
+    kinds |= {"paged_adamw_8bit": bnb.optim.PagedAdamW8bit, "paged_adamw_32bit": bnb.optim.PagedAdamW32bit}
+    return kinds[name](groups, lr=learning_rate, betas=betas, eps=eps)

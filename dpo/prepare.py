@@ -5,26 +5,38 @@ import inspect
 import logging
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import torch
+from huggingface_hub.constants import HF_HOME
 from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import get_scheduler, set_seed
 
 from dpo import checkpoint, distributed, files, models, report, sampling
-from dpo.batches import epoch_windows
+from dpo.batches import epoch_windows, load_windows
 from dpo.checkpoint import TrainingState
 from dpo.collate import NUMBERS, DataCollatorForPreference
 from dpo.config import DPOConfig, UserError
 from dpo.data import fingerprint, largest_id, prepare_dataset
 from dpo.distributed import World
 from dpo.losses import OF_RANKINGS, OVER_THE_BATCH, PARAMETERS, WITH_REFERENCE, dpo_loss, takers
-from dpo.reference import Reference, adapter_starts_at_zero, frozen_copy
+from dpo.reference import (
+    CACHED,
+    Reference,
+    adapter_starts_at_zero,
+    frozen_adapter,
+    frozen_copy,
+    precompute_ref_log_probs,
+    read_cache,
+    reference_digest,
+    row_key,
+)
 from dpo.rows import first_line
 from dpo.sources import load_preferences
 
@@ -34,11 +46,12 @@ gradient_accumulation_steps shuffle group_by_length dataloader_drop_last seed da
 lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon
 max_grad_norm bf16 fp16 loss_type loss_weights beta label_smoothing f_divergence_type f_alpha_divergence_coef
 reference_free rpo_alpha use_weighting ld_alpha discopop_tau simpo_gamma orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha
-chipo_clip exo_beta_r sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"""
+chipo_clip exo_beta_r sync_ref_model ref_model_mixup_alpha ref_model_sync_steps load_in_4bit load_in_8bit
+bnb_4bit_quant_type use_bnb_nested_quant ref_adapter_name precompute_ref_log_probs"""
 # What a caller may give to `train`, and the options that then do nothing.
 INSTEAD = {
-    "model": "dtype attn_implementation model_revision model_init_kwargs",
-    "ref_model": "ref_model_name_or_path",
+    "model": "dtype attn_implementation model_revision model_init_kwargs load_in_4bit load_in_8bit",
+    "ref_model": "ref_model_name_or_path ref_adapter_name",
     "train_dataset": "dataset_name",
     "peft_config": "use_peft",
     "data_collator": "layout padding_value",
@@ -131,7 +144,9 @@ def prepare(
             checkpoint.check_same_run(resume, what_options_matter(run))
 
         # Models are built, then laid out over the processes, then given an optimizer.
-        run.model, run.reference, run.starts_equal = build_models(model, ref_model, peft_config, args=args)
+        run.model = build_policy(model, peft_config, args=args)
+        run.reference, run.starts_equal = build_reference(run.model, ref_model, run.train_rows.column_names, args=args)
+        compile_models(run.model, run.reference.ref_model, args=args)
         sets = [run.train_rows, *run.eval_sets.values()]
         largest = max(getattr(run.collator, "pad_token_id", 0), *map(largest_id, sets))
         longest = max(max(rows["length"][:]) for rows in sets)
@@ -143,6 +158,8 @@ def prepare(
         run.policy = distributed.lay_out(run.model, world, trains=True, find_unused_parameters=unused)
         if run.reference.ref_model is not None:
             run.reference.ref_model = distributed.lay_out(run.reference.ref_model, world, trains=False)
+        if args.precompute_ref_log_probs:
+            precompute_reference(run)
         run.steps_per_epoch, epochs = len(plan_epoch(run)), args.num_train_epochs
         run.total_steps = args.max_steps if args.max_steps > 0 else math.ceil(epochs * run.steps_per_epoch)
         run.optimizer, run.scheduler = make_optimizers(run, optimizers)
@@ -226,6 +243,12 @@ def check_arguments(
         if not callable(callback):
             what = f"callbacks are functions of a metrics row, not {type(callback).__name__}"
             raise UserError(f"{what}: pass lambda row: ...")
+    is_adapter = peft_config is not None or args.use_peft or (isinstance(model, str) and models.adapter_base(model))
+    for option in ("load_in_4bit", "load_in_8bit", "merge_adapter", "ref_adapter_name"):
+        if getattr(args, option) and not is_adapter and isinstance(model, str):
+            raise UserError(f"{option} needs an adapter, and {model} is none: add use_peft, or leave it out")
+    if args.merge_adapter and not isinstance(model, str):
+        raise UserError("merge_adapter loads the base by its name: name the model, or call merge_and_unload on it")
     if ref_model is model and not isinstance(model, str):
         raise UserError("ref_model is the model itself, which will train: leave it out, or pass a copy")
     if ref_model is not None and not needs_reference(args):
@@ -263,8 +286,9 @@ def prepare_data(run: Run, train_dataset, eval_dataset) -> tuple[datasets.Datase
     if args.load_best_model_at_end and run.compute_metrics is None and unknown:
         raise UserError(f"metric_for_best_model {best!r} is not evaluated: choose among {', '.join(known)}")
     eval_sets = {name: prepare_rows(run, each, args.dataset_test_split, subset) for name, each in sets.items()}
-    if any(("scores" in rows.column_names) != ("scores" in train_rows.column_names) for rows in eval_sets.values()):
-        raise UserError("of the training and the evaluation set one has scores: exo takes them in both or none")
+    for column in ("scores", *CACHED):
+        if any((column in rows.column_names) != (column in train_rows.column_names) for rows in eval_sets.values()):
+            raise UserError(f"of the training and the evaluation set one has {column}: give them to both, or none")
     return train_rows, eval_sets
 
 
@@ -285,6 +309,7 @@ def prepare_rows(run: Run, source, split: str, subset: str | None) -> datasets.D
             allow_ties=bool(names & take_scores) and names & set(OF_RANKINGS) <= take_scores,
             skip_bad_rows=args.skip_bad_rows,
             chat_template_kwargs=args.chat_template_kwargs or None,
+            read_reference=needs_reference(args),
             read_margin=any("margins" in PARAMETERS[name] for name in names),
             num_proc=args.dataset_num_proc,
         )
@@ -293,6 +318,16 @@ def prepare_rows(run: Run, source, split: str, subset: str | None) -> datasets.D
         wanting = {name for name in names if (p := PARAMETERS[name].get(parameter)) and p.default is p.empty}
         if wanting and column not in rows.column_names:
             raise UserError(f"{where}: loss_type {min(wanting)} needs a number for each pair: add a column {column}")
+    if CACHED[0] in rows.column_names:
+        for option in (
+            "precompute_ref_log_probs",
+            "sync_ref_model",
+            "ref_model_name_or_path",
+            "ref_adapter_name",
+            "ld_alpha",
+        ):
+            if getattr(args, option) not in (None, False):
+                raise UserError(f"{where}: the column {CACHED[0]} is the reference: leave out {option}, or the columns")
     if "weight" in rows.column_names and names & set(OVER_THE_BATCH):
         raise UserError(f"{where}: {args.loss_type} sorts the batch, weights are of pairs: leave out the column")
     if args.exo_beta_r != DPOConfig.exo_beta_r and not scored:
@@ -309,7 +344,7 @@ def make_collator(processing_class, *, args: DPOConfig) -> DataCollatorForPrefer
     return DataCollatorForPreference(padding_value, layout="padded" if args.layout == "auto" else args.layout)
 
 
-def plan_epoch(run: Run, epoch: int = 0) -> list:
+def plan_epoch(run: Run, epoch: int = 0, *, drop_last: bool | None = None) -> list:
     """The windows of an epoch: which rows make up which optimizer step (see `epoch_windows`)."""
     args = run.args
     windows = epoch_windows(
@@ -320,7 +355,7 @@ def plan_epoch(run: Run, epoch: int = 0) -> list:
         shuffle=args.shuffle,
         seed=(args.seed if args.data_seed is None else args.data_seed) + epoch,
         group_by_length=args.group_by_length,
-        drop_last=args.dataloader_drop_last,
+        drop_last=args.dataloader_drop_last if drop_last is None else drop_last,
     )
     if not windows:
         raise UserError("dataloader_drop_last leaves no batch: the training set is smaller than one")
@@ -330,41 +365,132 @@ def plan_epoch(run: Run, epoch: int = 0) -> list:
 # ------------------------------------------------------------------------------------- models, optimizer, what is left
 
 
-def build_models(model, ref_model, peft_config, *, args: DPOConfig) -> tuple[torch.nn.Module, Reference, bool]:
-    """The policy, its reference, and whether they must agree before the first step."""
-    common = {"dtype": args.dtype, "attn_implementation": args.attn_implementation}
-    common["trust_remote_code"] = args.trust_remote_code
+def build_policy(model, peft_config, *, args: DPOConfig) -> torch.nn.Module:
+    """The model that trains: the caller's, or loaded by its name; with its adapter, if it has one."""
+    name, ref_name = models.adapter_key(args.model_adapter_name), models.adapter_key(args.ref_adapter_name)
     if isinstance(model, str):
-        model = models.load_model(model, **{**common, "revision": args.model_revision, **args.model_init_kwargs})
+        adapters = {"adapter_name": name, "ref_adapter_name": ref_name}
+        kwargs = {**how_to_load(args), "revision": args.model_revision, **args.model_init_kwargs}
+        model = models.load_model(model, **adapters, **kwargs)
     if args.disable_dropout:
         models.disable_dropout(model)
     if peft_config is not None:
-        model = models.add_adapter(model, peft_config)
+        model = models.add_adapter(model, peft_config, name)
+    if name or ref_name:
+        models.pick_adapter(model, name or getattr(model, "active_adapter", None), ref_name)
     models.check_trainable(model, fp16=args.fp16)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, **args.gradient_checkpointing_kwargs})
+    return model
 
+
+def build_reference(policy, ref_model, columns: list[str], *, args: DPOConfig) -> tuple[Reference, bool]:
+    """What the policy is compared with, and whether the two must agree before the first step. columns, of the rows:
+    they may bring the reference's log-probabilities."""
+    common, own = {"policy": policy, "ld_alpha": args.ld_alpha}, isinstance(policy, PeftModel)
+    if args.sync_ref_model:
+        common |= {"sync_steps": args.ref_model_sync_steps, "mixup_alpha": args.ref_model_mixup_alpha}
     ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
-    given, exists = ref_model is not None, needs_reference(args)
-    if not exists:
-        ref_model = None
-    elif isinstance(ref_model, str):
-        ref_model = models.load_model(ref_model, **{**common, **args.ref_model_init_kwargs})
-    elif not given:
-        own = isinstance(model, PeftModel) and adapter_starts_at_zero(model) and not args.sync_ref_model
-        ref_model = None if own else frozen_copy(model)
+    if not needs_reference(args):
+        return Reference(**common, kind="none", exists=False), False
+    if CACHED[0] in columns:
+        if ref_model is not None:
+            raise UserError(f"the column {CACHED[0]} is the reference: leave out ref_model, or the columns")
+        return Reference(**common, kind=f"the columns {CACHED[0]} and {CACHED[1]}", is_cached=True), False
+    if args.force_use_ref_model and (not own or ref_model is None):
+        raise UserError("force_use_ref_model is for a model with an adapter that has a ref_model, too: leave it out")
+    if own and ref_model is not None and not args.force_use_ref_model:
+        raise UserError("a model with an adapter is its own reference: leave out ref_model, or add force_use_ref_model")
     if ref_model is not None:
-        ref_model.eval().requires_grad_(False)
-    if args.torch_compile:
-        options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
-        for each in (model,) if ref_model is None else (model, ref_model):
-            each.compile(**{key: value for key, value in options.items() if value is not None})
-    sync = {"sync_steps": args.ref_model_sync_steps, "mixup_alpha": args.ref_model_mixup_alpha}
-    reference = Reference(model, ref_model, exists, args.ld_alpha, **(sync if args.sync_ref_model else {}))
-    # An adapter keeps its own dropout, which shows wherever its B is not 0: as it is not in a copied reference.
-    is_noisy = any("lora_dropout" in name and getattr(module, "p", 0) > 0 for name, module in model.named_modules())
-    must_agree = args.disable_dropout and exists and not given and not (is_noisy and ref_model is not None)
-    return model, reference, must_agree
+        if isinstance(ref_model, str):
+            ref_model = models.load_model(ref_model, **{**how_to_load(args), **args.ref_model_init_kwargs})
+        return Reference(**common, ref_model=ref_model.eval().requires_grad_(False), kind="another model"), False
+    # An adapter keeps its own dropout, which shows wherever its B is not 0: as it is not in a reference.
+    is_noisy = any("lora_dropout" in name and getattr(module, "p", 0) > 0 for name, module in policy.named_modules())
+    if args.ref_adapter_name is not None:
+        name = models.adapter_key(args.ref_adapter_name)
+        reference = Reference(**common, ref_adapter_name=name, kind=f"the adapter {args.ref_adapter_name}")
+        are_equal = all(torch.equal(trained, own) for trained, own in reference.pairs().values())
+        return reference, args.disable_dropout and are_equal and not is_noisy
+    if own and adapter_starts_at_zero(policy) and not args.sync_ref_model:
+        return Reference(**common, kind="the policy with its adapter off"), args.disable_dropout
+    must_agree = args.disable_dropout and not is_noisy
+    if args.precompute_ref_log_probs:
+        return Reference(**common, ref_model=policy, kind="the policy before it trains"), must_agree
+    if own and getattr(policy.peft_config[policy.active_adapter], "bias", "none") == "none":
+        return Reference(**common, ref_adapter_name=frozen_adapter(policy), kind="a frozen adapter"), must_agree
+    return Reference(**common, ref_model=frozen_copy(policy), kind="a frozen copy of the policy"), must_agree
+
+
+def how_to_load(args: DPOConfig) -> dict:
+    """from_pretrained's arguments, of policy and reference alike."""
+    bits = {"load_in_4bit": args.load_in_4bit, "load_in_8bit": args.load_in_8bit, "dtype": args.dtype}
+    bits = models.quantization(**bits, quant_type=args.bnb_4bit_quant_type, nested=args.use_bnb_nested_quant)
+    own = {"dtype": args.dtype, "attn_implementation": args.attn_implementation}
+    return {**own, "trust_remote_code": args.trust_remote_code, **bits}
+
+
+def compile_models(model, ref_model, *, args: DPOConfig) -> None:
+    options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+    options = {key: value for key, value in options.items() if value is not None}
+    for each in (model, ref_model) if args.torch_compile else ():
+        if each is not None:
+            each.compile(**options)
+
+
+def precompute_reference(run: Run) -> None:
+    """Finds the reference's log-probabilities on disk, or works them out and keeps them there, and puts them into the
+    rows: while training no reference is asked, or kept in memory."""
+    args, reference = run.args, run.reference
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "of the weights"
+    directory = Path(args.ref_cache_dir or Path(HF_HOME) / "dpo") / reference_digest(reference, precision=precision)
+    run.model.train(getattr(run.model, "is_quantized", False))  # whose kernel is another one in eval mode
+    size, plan = (
+        args.precompute_ref_batch_size,
+        {"world_size": run.world.size, "shuffle": False, "group_by_length": True},
+    )
+    # Without a size of its own it takes the first epoch's batches, and comes to what training would, to the bit.
+    windows = plan_epoch(run, drop_last=False)
+    if size is not None:
+        windows = epoch_windows(run.train_rows["length"][:], batch_size=size, **plan)
+    run.train_rows = with_reference(run, run.train_rows, windows, directory)
+    for name, rows in run.eval_sets.items():
+        windows = epoch_windows(rows["length"][:], batch_size=size or args.per_device_eval_batch_size, **plan)
+        run.eval_sets[name] = with_reference(run, rows, windows, directory)
+    run.reference = Reference(run.model, kind=f"{reference.kind}, cached", is_cached=True)
+
+
+def with_reference(run: Run, rows: datasets.Dataset, windows: list, directory: Path) -> datasets.Dataset:
+    """Rows with the columns ref_chosen_logps and ref_rejected_logps, of the cache in directory and what it lacked,
+    worked out in the batches of windows."""
+    world, keys = run.world, [row_key(row) for row in rows]
+    known = distributed.by_first(lambda: read_cache(directory, keys), world)
+    missing = {key: number for number, key in enumerate(keys) if key not in known}.values()
+    missing, found = set(missing), sum(key in known for key in keys)
+    logger.info("%s: log π_ref of %d rows found, %d to be worked out", directory, found, len(rows) - found)
+    if missing:
+        micros = [[[i for i in own if i in missing] for own in micro] for window in windows for micro in window]
+        windows = [[micro] for micro in micros if any(micro)]
+        loader = load_windows(rows, windows, world, run.collator, num_workers=run.args.dataloader_num_workers)
+        disable = run.args.disable_tqdm or world.rank > 0
+        batches = (batch for _, (batch,) in tqdm(loader, "Reference", total=len(windows), disable=disable))
+        with autocast(run.args, world):
+            own = precompute_ref_log_probs(run.reference, keys, batches, directory)
+        known |= dict(distributed.gather_lists(list(own.items()), world))
+    logps = [known[key] for key in keys]
+    several = "completions" if isinstance(rows[0]["rejected_input_ids"][0], list) else ""
+    rejected = [each[1:] if several else each[1] for each in logps]
+    kinds = pa.float32(), pa.list_(pa.float32()) if several else pa.float32()
+    for name, values, kind in zip(CACHED, ([each[0] for each in logps], rejected), kinds, strict=True):
+        rows = rows.add_column(name, pa.array(values, kind))
+    return rows
+
+
+def autocast(args: DPOConfig, world: World):
+    """Mixed precision for policy and reference alike, in training, evaluation and sampling."""
+    if not (args.bf16 or args.fp16):
+        return nullcontext()
+    return torch.autocast(world.device.type, dtype=torch.bfloat16 if args.bf16 else torch.float16)
 
 
 def adapter_config(model, peft_config, *, args: DPOConfig):
@@ -372,6 +498,9 @@ def adapter_config(model, peft_config, *, args: DPOConfig):
     if args.use_peft:
         peft_config = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
         peft_config |= {"target_modules": args.lora_target_modules, "modules_to_save": args.lora_modules_to_save}
+        peft_config |= {"use_dora": args.use_dora, "use_rslora": args.use_rslora}
+        start = args.init_lora_weights
+        peft_config["init_lora_weights"] = {"true": True, "false": False}.get(start.lower(), start)
     if peft_config is None or not isinstance(model, str):
         return peft_config
     hub = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
@@ -417,7 +546,10 @@ def what_matters(run: Run) -> dict:
 
 def what_options_matter(run: Run) -> dict:
     """As much of `what_matters` as is known before the models are."""
-    args, same_run = run.args, {"processes": run.world.size, "rows": fingerprint(run.train_rows)}
+    args, rows = run.args, run.train_rows
+    if args.precompute_ref_log_probs:  # what was worked out follows from the rest
+        rows = rows.remove_columns([name for name in CACHED if name in rows.column_names])
+    same_run = {"processes": run.world.size, "rows": fingerprint(rows)}
     for option in ("model_init_kwargs", "ref_model_init_kwargs"):
         same_run[option] = str(report.portable(getattr(args, option)))
     return same_run | {option: getattr(args, option) for option in EXACT_OPTIONS.split()}
@@ -467,6 +599,7 @@ def open_outputs(run: Run, trackers: dict, callbacks: list[Callable], resume: Pa
     run.receivers = [partial(report.append_row, output_dir / "metrics.jsonl"), *trackers, *callbacks]
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * run.world.size
     logger.info("%d rows, %d steps of %d rows", len(run.train_rows), run.total_steps, pairs)
+    logger.info("reference: %s; it takes %.1f MB beside the policy", run.reference.kind, run.reference.bytes() / 2**20)
 
 
 # ------------------------------------------------------------------------------------------ what options mean together

@@ -1,61 +1,101 @@
-"""log π_ref of a batch, from a frozen copy of the policy, another model, the policy with its adapter off, or none."""
+"""log π_ref of a batch: of a frozen model, of the policy with its adapter off or with another one, or from a cache."""
 
 import copy
+import hashlib
+import json
+import logging
+import os
+import re
+import time
 import types
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 from dpo.logprobs import concatenated_forward
+
+logger = logging.getLogger("dpo")
+CACHED = ("ref_chosen_logps", "ref_rejected_logps")  # columns of rows, and their names in a batch
 
 
 @dataclass
 class Reference:
     """π_ref, whatever stands behind it: `reference(batch)` gives (log π_ref(y_w|x), log π_ref(y_l|x)) of B pairs.
 
-    Args: policy, the model that trains; ref_model, a frozen one, or None: the policy with its adapter off is asked;
-    exists, False where there is none to ask: log π_ref = 0; ld_alpha as in `concatenated_forward`; sync_steps and
-    mixup_alpha, TR-DPO: move ref_model towards the policy every so many optimizer steps, 0 for never.
+    Args: policy, the model that trains; kind, what is asked, in words; ref_model, a frozen one, or None: the policy is
+    asked, with its adapter ref_adapter_name or with none; exists, False where there is none to ask: log π_ref = 0;
+    is_cached, the batches bring its values; ld_alpha as in `concatenated_forward`; sync_steps and mixup_alpha, TR-DPO:
+    move it towards the policy every so many optimizer steps, 0 for never.
     """
 
     policy: torch.nn.Module
     ref_model: torch.nn.Module | None = None
+    kind: str = ""
+    ref_adapter_name: str | None = None
     exists: bool = True
+    is_cached: bool = False
     ld_alpha: float | None = None
     sync_steps: int = 0
     mixup_alpha: float = 1.0
 
     def __call__(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.is_cached:
+            if missing := [name for name in CACHED if name not in batch]:
+                raise ValueError(f"the batch has no {missing[0]}: the data_collator must hand that column on")
+            return tuple(batch[name] for name in CACHED)
         if not self.exists:
             B, lengths = len(batch["tokens"]), batch["lengths"]
             zeros = torch.zeros(len(lengths), device=lengths.device)
             return zeros[:B], zeros[B:].unflatten(0, (-1, B)).T.squeeze(1)
-        return compute_ref_log_probs(batch, policy=self.policy, ref_model=self.ref_model, ld_alpha=self.ld_alpha)
+        models = {"policy": self.policy, "ref_model": self.ref_model, "ref_adapter_name": self.ref_adapter_name}
+        return compute_ref_log_probs(batch, **models, ld_alpha=self.ld_alpha)
 
     def after_step(self, step: int) -> None:
         """What an optimizer step, the step-th, does to the reference."""
         if self.sync_steps and step % self.sync_steps == 0:
-            sync_reference(self.policy, self.ref_model, mixup_alpha=self.mixup_alpha)
+            sync_reference(self.pairs(), mixup_alpha=self.mixup_alpha)
 
     @contextmanager
     def model(self) -> Iterator[torch.nn.Module | None]:
         """Inside, the model that answers as the reference does; None where there is none."""
-        asks_policy = self.exists and self.ref_model is None
-        with null_ref_context(self.policy) if asks_policy else nullcontext(self.ref_model) as model:
+        asks_policy = self.exists and not self.is_cached and self.ref_model is None
+        context = null_ref_context(self.policy, self.ref_adapter_name) if asks_policy else nullcontext(self.ref_model)
+        with context as model:
             yield model
+
+    def pairs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """{name: (a parameter of the policy that trains, the reference's own)}."""
+        own = self.policy if self.ref_model is None else self.ref_model
+        active, other = getattr(self.policy, "active_adapter", None), self.ref_adapter_name
+        trained = {name: p for name, p in self.policy.named_parameters() if p.requires_grad}
+        named = dict(own.named_parameters())
+        return {
+            name: (p, named[".".join(other if other and part == active else part for part in name.split("."))])
+            for name, p in trained.items()
+        }
+
+    def bytes(self) -> int:
+        """The memory that it takes beside the policy's."""
+        if self.ref_model is not None:
+            shared = {parameter.data_ptr() for parameter in self.policy.parameters()}
+            return sum(p.nbytes for p in self.ref_model.parameters() if p.data_ptr() not in shared)
+        return sum(own.nbytes for _, own in self.pairs().values()) if self.ref_adapter_name else 0
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What of it belongs into a checkpoint: the weights of a reference that moves; else it is made anew."""
-        if not self.sync_steps:
-            return {}
-        trained = {name for name, parameter in self.policy.named_parameters() if parameter.requires_grad}
-        return {name: value for name, value in self.ref_model.state_dict().items() if name in trained}
+        return {name: own for name, (_, own) in self.pairs().items()} if self.sync_steps else {}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        if self.sync_steps:
-            self.ref_model.load_state_dict(state, strict=False)  # what it shares with the policy is not saved twice
+        for name, (_, own) in self.pairs().items() if self.sync_steps else ():
+            own.copy_(state[name])
 
 
 def frozen_copy(policy: torch.nn.Module) -> torch.nn.Module:
@@ -74,6 +114,24 @@ def frozen_copy(policy: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(policy, shared).eval().requires_grad_(False)
 
 
+def frozen_adapter(policy: PeftModel, name: str = "reference") -> str:
+    """π_ref = π at the start of training, of a PEFT policy: its adapter as it is now once more, in the same model under
+    another name, never to be trained. Returns: the name."""
+    config = copy.deepcopy(policy.peft_config[policy.active_adapter])
+    for option in ("init_lora_weights", "init_weights"):
+        if hasattr(config, option):
+            setattr(config, option, True)  # PiSSA and its like would take their share out of the base a second time
+    trained = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
+    while name in policy.peft_config:
+        name += "_"
+    weights = get_peft_model_state_dict(policy, adapter_name=policy.active_adapter, save_embedding_layers=False)
+    policy.add_adapter(name, config)
+    set_peft_model_state_dict(policy, weights, adapter_name=name)
+    for parameter in policy.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    return name
+
+
 def adapter_starts_at_zero(policy: torch.nn.Module) -> bool:
     """Whether a PEFT policy with its adapter off is what it is now with its adapter on: so for LoRA as it is born, with
     B = 0 and nothing else trained; not for an adapter trained before, nor for DoRA, PiSSA or trained biases."""
@@ -85,16 +143,28 @@ def adapter_starts_at_zero(policy: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def null_ref_context(policy: torch.nn.Module):
-    """Inside, a PEFT policy is its own reference: the adapter is off, the modules that train beside it
-    (modules_to_save) are the original ones, dropout is off. Costs no memory for a second model."""
-    was_training = policy.training
+def null_ref_context(policy: torch.nn.Module, ref_adapter_name: str | None = None):
+    """Inside, a PEFT policy is its own reference: with its adapter ref_adapter_name, or with none and the original of
+    each module that trains beside it (modules_to_save); without dropout. Costs no memory for a second model."""
+    was_training, active = policy.training, policy.active_adapter
+    trained = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
+    noisy = [module for module in policy.modules() if isinstance(module, torch.nn.Dropout) and module.training]
     if not getattr(policy, "is_quantized", False):  # bitsandbytes takes another kernel in eval mode: not quite equal
         policy.eval()
+    for module in noisy:
+        module.eval()
     try:
-        with policy.disable_adapter():
+        if ref_adapter_name is None:
+            with policy.disable_adapter():
+                yield policy
+        else:
+            policy.set_adapter(ref_adapter_name, inference_mode=True)
             yield policy
     finally:
+        if ref_adapter_name is not None:
+            policy.set_adapter(active)
+        for parameter in policy.parameters():  # PEFT lets train, and freezes, as it switches
+            parameter.requires_grad_(id(parameter) in trained)
         policy.train(was_training)
 
 
@@ -104,25 +174,114 @@ def compute_ref_log_probs(
     *,
     policy: torch.nn.Module | None = None,
     ref_model: torch.nn.Module | None = None,
+    ref_adapter_name: str | None = None,
     padding_value: int = 0,
     ld_alpha: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log π_ref(y_w|x), log π_ref(y_l|x)), each (B,) float32, no gradient.
 
-    Args: ref_model, asked if given; otherwise policy, a PEFT model, with its adapter off. padding_value and ld_alpha as
-    in `concatenated_forward`.
+    Args: ref_model, asked if given; otherwise policy, a PEFT model, with its adapter ref_adapter_name, or with none.
+    padding_value and ld_alpha as in `concatenated_forward`.
     """
-    with null_ref_context(policy) if ref_model is None else nullcontext(ref_model) as model:
+    with null_ref_context(policy, ref_adapter_name) if ref_model is None else nullcontext(ref_model) as model:
         result = concatenated_forward(model, batch, padding_value=padding_value, ld_alpha=ld_alpha)
     return result["chosen_logps"], result["rejected_logps"]
 
 
 @torch.no_grad()
-def sync_reference(policy: torch.nn.Module, ref_model: torch.nn.Module, *, mixup_alpha: float) -> None:
+def sync_reference(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], *, mixup_alpha: float) -> None:
     """TR-DPO: π_ref ← α π + (1 − α) π_ref, weight by weight, over the parameters that train; α = 1 is the hard update.
 
-    Source: Gorbatovski et al. 2024 (arXiv 2404.09656).
+    Args: pairs, {name: (the policy's, the reference's)}. Source: Gorbatovski et al. 2024 (arXiv 2404.09656).
     """
-    for parameter, reference in zip(policy.parameters(), ref_model.parameters(), strict=True):
-        if parameter.requires_grad:
-            reference.lerp_(parameter.to(reference.dtype), mixup_alpha)
+    for parameter, own in pairs.values():
+        own.lerp_(parameter.to(own.dtype), mixup_alpha)
+
+
+# -------------------------------------------------------------------------------------- log-probabilities kept on disk
+
+CACHE_VERSION = 1  # raise it when log-probabilities come out otherwise than before
+# Of configurations, what says nothing about the numbers that a model gives.
+NAMES = """_name_or_path name_or_path transformers_version dtype torch_dtype use_cache architectures peft_version
+base_model_name_or_path revision inference_mode task_type auto_mapping"""
+
+
+def reference_digest(reference: Reference, *, precision: str) -> str:
+    """All that log π_ref of a row depends on beside its token ids, as a few digits: the reference's weights, those of
+    its adapter, their dtypes and configurations, how tokens are added up (ld_alpha), and the precision that it computes
+    with. Not its name, nor anything that concerns the training."""
+    model = reference.policy if reference.ref_model is None else reference.ref_model
+    adapters, name = getattr(model, "peft_config", {}), None
+    if adapters:  # a frozen model is asked as it is; the policy with the adapter named, or with none
+        name = model.active_adapter if reference.ref_model is not None else reference.ref_adapter_name
+    configs = [getattr(model, "config", None), adapters.get(name)]
+    said = [config.to_dict() for config in configs if config is not None and hasattr(config, "to_dict")]
+    said = [{key: str(value) for key, value in each.items() if key not in NAMES.split()} for each in said]
+    digest = hashlib.sha256(json.dumps([CACHE_VERSION, reference.ld_alpha, precision, said], sort_keys=True).encode())
+    weights = {}
+    for path, tensor in model.state_dict().items():
+        parts = path.split(".")
+        if isinstance(tensor, torch.Tensor) and not any(part in adapters and part != name for part in parts):
+            # The same weights have the same names under an adapter and without one.
+            path = ".".join("adapter" if part == name else part for part in parts)
+            weights[re.sub(r"^base_model\.model\.|\.base_layer(?=\.)|\.original_module(?=\.)", "", path)] = tensor
+    for path in sorted(weights):
+        tensor = weights[path].detach().cpu().contiguous()
+        digest.update(f"{path} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
+def row_key(row: dict) -> bytes:
+    """Which row it is: a digest of its token ids and of which of them are scored."""
+    rejected = row["rejected_input_ids"]
+    parts = [row["prompt_input_ids"], row["chosen_input_ids"], rejected, row.get("scored") or []]
+    return hashlib.sha256(json.dumps(parts).encode()).digest()[:16]
+
+
+def precompute_ref_log_probs(
+    reference: Reference, keys: list[bytes], batches: Iterable[dict], directory: Path, *, seconds: float = 30.0
+) -> dict[bytes, list[float]]:
+    """log π_ref of rows, as `read_cache` gives it, added to a cache every so many seconds: what a run did that was
+    killed is not done again. Args: keys, of the rows that each batch's index counts."""
+    known, unsaved, saved = {}, {}, time.monotonic()
+    for batch in batches:
+        chosen, rejected = reference(batch)
+        logps = torch.cat([chosen[:, None], rejected.reshape(len(chosen), -1)], dim=1)
+        present = batch["lengths"].unflatten(0, (-1, len(chosen))).T > 0  # a ranking may have fewer completions
+        for number, own, is_there in zip(batch["index"].tolist(), logps, present, strict=True):
+            if number >= 0:  # else it only stands in
+                unsaved[keys[number]] = own[is_there].tolist()
+        if time.monotonic() - saved > seconds:
+            add_to_cache(directory, unsaved)
+            known, unsaved, saved = known | unsaved, {}, time.monotonic()
+    if unsaved:
+        add_to_cache(directory, unsaved)
+    return known | unsaved
+
+
+def read_cache(directory: Path, keys: list[bytes]) -> dict[bytes, list[float]]:
+    """{row_key: log π_ref of its completions, the chosen one first} of the wanted rows that a cache has; a file of it
+    that is not whole is passed over."""
+    known, wanted = {}, set(keys)
+    for path in sorted(directory.glob("*.parquet")):
+        try:
+            table = pq.read_table(path, page_checksum_verification=True)
+            pairs = zip(table["key"].to_pylist(), table["logps"].to_pylist(), strict=True)
+            known |= {key: logps for key, logps in pairs if key in wanted}
+        except (OSError, pa.ArrowException, KeyError) as error:
+            logger.warning("%s is damaged (%s): passed over", path, str(error).splitlines()[0])
+    return known
+
+
+def add_to_cache(directory: Path, values: dict[bytes, list[float]]) -> None:
+    """One file more in a cache, whole or not at all: any number of processes and runs may add to one cache at once."""
+    directory.mkdir(parents=True, exist_ok=True)
+    aside = directory / f"{uuid.uuid4().hex}.unfinished"
+    logps = pa.array(list(values.values()), pa.list_(pa.float32()))
+    with aside.open("wb") as file:
+        table = pa.table({"key": pa.array(list(values), pa.binary()), "logps": logps})
+        pq.write_table(table, file, write_page_checksum=True)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(aside.with_suffix(".parquet"))
