@@ -15,7 +15,11 @@ from typing import NamedTuple
 from dpo.rows import NothingToLearn, column_of, first_line
 
 NO_VARIABLES = ("conversation", "messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message")
-REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message beside its content
+# Keys of a message beside its content that say something, too.
+SAID = (
+    "reasoning_content reasoning thinking thought thoughts reasoning_details thinking_blocks images image audio video"
+)
+SAID = SAID.split()
 
 
 def split_prompt(prompt: str | list[dict] | None, completions: list) -> tuple[str | list[dict], list]:
@@ -30,8 +34,10 @@ def split_prompt(prompt: str | list[dict] | None, completions: list) -> tuple[st
             turn = prompt.rfind("\n\nAssistant:")
             # The space stays with the completion, as byte-pair vocabularies have it; a word is never cut in two.
             cut = turn + len("\n\nAssistant:") if turn >= 0 else max(prompt.rfind(" "), prompt.rfind("\n"), 0)
-            prompt, completions = prompt[:cut], [completion[cut:] for completion in completions]
-        return prompt, completions
+            return prompt[:cut], [completion[cut:] for completion in completions]
+        # A prompt of a few words that all completions begin with was written twice: once in its own column.
+        twice = len(prompt.split()) > 3 and all(completion.startswith(prompt) for completion in completions)
+        return prompt, [completion[len(prompt) if twice else 0 :] for completion in completions]
     prompt, *completions = (_with_parsed_calls(_without_nulls(value)) for value in (prompt, *completions))
     if isinstance(prompt, list) and prompt:
         repeated = all(completion[: len(prompt)] == prompt for completion in completions)
@@ -53,14 +59,16 @@ def _with_parsed_calls(messages):
         return messages
     parsed = []
     for message in messages:
-        calls = []
+        message, calls = dict(message), []
+        if message.get("function_call"):  # as OpenAI had it before there could be several
+            message["tool_calls"] = [{"type": "function", "function": message.pop("function_call")}]
         for call in message.get("tool_calls") or ():
             function = call.get("function", call)
             arguments = function.get("arguments") if isinstance(function, dict) else None
             if isinstance(arguments, str):
                 try:
                     function = {**function, "arguments": json.loads(arguments or "{}")}
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"a tool call's arguments are not JSON: {error}") from error
                 call = {**call, "function": function} if "function" in call else function
             calls.append(call)
@@ -93,6 +101,11 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
     """
     prompt, completions = split_prompt(row["prompt"], row["completions"])
     if isinstance(completions[0], str):
+        for what, value in (("column 'tools'", row["tools"]), ("chat_template_kwargs", chat_template_kwargs)):
+            if value or (what == "chat_template_kwargs" and row["chat_template_kwargs"]):
+                raise ValueError(f"{what}: it is for a chat template, the row is text: leave it out, or write messages")
+        for rank, text in enumerate(completions):
+            _check_no_turns_within(text, column_of(row, rank), turn_tokens(processing_class))
         turns = [split_text(prompt, text, column_of(row, rank)) for rank, text in enumerate(completions)]
         whole = {"turns": turns, "closed": [False] * len(completions)}
         return {"prompt": prompt, "completions": completions, **whole, "templated": False, "unstable": False}
@@ -102,7 +115,7 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
     _check_roles(row, prompt, completions)
     options = {**(chat_template_kwargs or {}), **(row["chat_template_kwargs"] or {})}
     for key in options:
-        if key in NO_VARIABLES or key not in str(processing_class.chat_template):
+        if key in NO_VARIABLES or not reads_variable(str(processing_class.chat_template), key):
             raise ValueError(f"chat_template_kwargs has {key!r}, which the chat template has no use for: leave it out")
     options["tools"] = _without_nulls(row["tools"])
 
@@ -118,6 +131,7 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
         before = render(prompt, add_generation_prompt=True) if prompt else ""
         for completion in completions:
             wholes.append(render(prompt + completion))
+            wholes[-1].encode("utf-8")
     except Exception as error:  # a template is a program of somebody else's: it may raise anything
         column = "'prompt'" if before is None and row["prompt"] else column_of(row, len(wholes))
         raise ValueError(f"column {column} does not fit the chat template: {first_line(error)}") from error
@@ -271,6 +285,10 @@ def _check_roles(row: dict, prompt: list[dict], completions: list[list[dict]]) -
             if role != "assistant":
                 how = "a completion begins and ends with the assistant's"
                 raise ValueError(f"column {column}, message {number + 1} is of role {role!r}: {how}")
+        for number, message in enumerate(completion[:-1], start=total - len(completion) + 1):
+            says = [message.get(key) for key in ("content", "tool_calls", *SAID)]
+            if message["role"] == "assistant" and not any(says):
+                raise ValueError(f"column {column}, message {number} is empty: the model would learn to say nothing")
 
 
 def _check_all_is_rendered(row: dict, rank: int, prompt: list, completion: list, whole: str, render) -> None:
@@ -286,7 +304,7 @@ def _check_all_is_rendered(row: dict, rank: int, prompt: list, completion: list,
     plainly = all_in_order([message.get("content") or "" for message in messages], whole)
     for number, message in enumerate(messages):
         in_prompt = number < len(prompt)
-        keys = ("content", "tool_calls") if in_prompt else ("content", "tool_calls", *REASONING)
+        keys = ("content", "tool_calls") if in_prompt else ("content", "tool_calls", *SAID)
         for key in keys:
             value, lost = message.get(key), False
             if not value or (key == "content" and plainly):
@@ -296,6 +314,9 @@ def _check_all_is_rendered(row: dict, rank: int, prompt: list, completion: list,
             less = {name: each for name, each in message.items() if name != key}
             less = {**less, "content": ""} if key == "content" else less
             all_of_it = is_left_out(messages=[*messages[:number], less, *messages[number + 1 :]])
+            for which in range(len(value)) if key == "tool_calls" and len(value) > 1 else ():
+                fewer = {**message, key: value[:which] + value[which + 1 :]}
+                lost = lost or is_left_out(messages=[*messages[:number], fewer, *messages[number + 1 :]])
             if lost or all_of_it:
                 column = "'prompt'" if in_prompt else column_of(row, rank)
                 where = f"column {column}, message {number + 1 if in_prompt else number - len(prompt) + offset + 1}"
@@ -303,6 +324,20 @@ def _check_all_is_rendered(row: dict, rank: int, prompt: list, completion: list,
                 raise ValueError(f"{where}: the chat template leaves out {what}: take another, or mend the row")
     if row["tools"] and is_left_out(tools=None):
         raise ValueError("column 'tools': the chat template leaves tools out: take another, or leave out the column")
+
+
+def _check_no_turns_within(text: str, column: str, tokens: tuple) -> None:
+    """Refuses a completion that is text and goes on behind a special token: another's turn would be trained."""
+    for token in tokens:
+        if token in text.rstrip().removesuffix(token):
+            raise ValueError(f"column {column} has the token {token} within: store messages, or cut it there")
+
+
+def reads_variable(template: str, name: str) -> bool:
+    """Whether a chat template asks for a variable that it does not set itself."""
+    name = re.escape(name)
+    is_set = re.search(rf"\b(for|set)\s+{name}\b", template)
+    return not is_set and bool(re.search(rf"(?<![\w.'\"]){name}(?![\w'\"(])", template))
 
 
 def all_in_order(contents: list[str], whole: str) -> bool:

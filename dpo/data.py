@@ -9,6 +9,7 @@ import itertools
 import logging
 import re
 from collections.abc import Iterator
+from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -256,6 +257,7 @@ def _check_columns(name: str, rows: Dataset) -> None:
         present = ", ".join(map(repr, rows.column_names))
         raise ValueError(f"{name}: column {min(missing)!r} is missing; it has {present}: add it, or rename one")
     images = {"image", "images", "video", "videos", "audio"} & set(rows.column_names)
+    images |= {name for name, kind in rows.features.items() if re.search(r"\b(Image|Audio|Video)\(", repr(kind))}
     if images:
         what = f"{name}: column {min(images)!r}: this version trains on text alone"
         raise ValueError(f"{what}: leave out the column if the completions do not depend on it")
@@ -265,8 +267,9 @@ def _has_numbers(rows: Dataset, column: str) -> bool:
     """Whether a column has numbers to read, as numbers or (as in a CSV file) as text: whether the first values have."""
     if column not in rows.column_names:
         return False
-    values = [value for value in rows.select(range(min(100, len(rows))))[column] if value is not None]
-    if any(isinstance(value, int | float) or isinstance(value, str) and re.match(NUMBER, value) for value in values):
+    values = [value for value in rows.with_format(None)[column] if value is not None]
+    kinds = int | float | Decimal
+    if any(isinstance(value, kinds) or isinstance(value, str) and re.match(NUMBER, value) for value in values):
         return True
     if values:
         logger.warning("column %r holds no numbers: it is not read", column)

@@ -3,14 +3,17 @@
 import ast
 import json
 import math
+import os
 import re
+from decimal import Decimal
 
 ROLES = "system developer user assistant tool function environment ipython".split()
-# Columns by which datasets call what this code calls prompt, and the system message that belongs into it.
-QUESTIONS = "prompt question questions instruction query input user user_input problem context task dialogue history"
-QUESTIONS = [*QUESTIONS.split(), "conversation", "conversations", "messages", "trajectory"]
 READ = "prompt chosen rejected completions scores tools chat_template_kwargs margin weight".split()
-CONTEXTS = "input context".split()  # what a question may go on with
+# Names of columns that hold what this code calls prompt, or what belongs to it; not their ids, sources and kinds.
+QUESTIONS = r"prompt|question|quer(y|ies)|instruct|input|user|problem|task|dialog|convers|messages|history|context|post"
+QUESTIONS += r"|article|trajectory"
+NO_QUESTIONS = r"(^|_)(ids?|hash|source|types?|category|lang(uage)?|name|len(gth)?|tokens|uuid|url)$"
+CONTEXTS = "input context history messages conversation conversations documents instruction".split()  # beside a prompt
 SYSTEMS = "system system_prompt system_message".split()
 
 
@@ -109,16 +112,16 @@ def _check_kinds(row: dict) -> None:
 def _check_unread(row: dict) -> None:
     """Refuses a row of whose question or system message nobody would read: it stands in a column of another name."""
     source, prompt, completions = row["row"], row["prompt"], row["completions"]
-    unread = {name: _joined(value) for name, value in source.items() if name not in READ}
-    unread = {name: text for name, text in unread.items() if text}
-    said = _joined([prompt, completions])
+    unread = {name: texts for name, value in source.items() if name not in READ and (texts := _texts(value))}
+    said = "\n".join(_texts([prompt, completions]))
     asks = prompt if isinstance(prompt, str) else any(m["role"] == "user" for m in (prompt or []))
     asks = asks or (
         isinstance(completions[0], list) and completions[0][:1] and completions[0][0]["role"] != "assistant"
     )
-    for name, text in unread.items():
+    asked = said if asks else os.path.commonprefix(completions) if isinstance(completions[0], str) else ""
+    for name, texts in unread.items():
         where = f"nobody reads the columns {', '.join(map(repr, unread))}" if len(unread) > 1 else "nobody reads it"
-        if text in said:
+        if all(text in asked for text in texts):
             continue
         if name.lower() in SYSTEMS:
             raise ValueError(
@@ -126,28 +129,30 @@ def _check_unread(row: dict) -> None:
             )
         if name.lower() in CONTEXTS and prompt:
             raise ValueError(f"column {name!r} stands beside 'prompt': {where}; put it there, or leave out the column")
-        if name.lower() in QUESTIONS and not asks:
+        if re.search(QUESTIONS, name.lower()) and not re.search(NO_QUESTIONS, name.lower()) and not asks:
             raise ValueError(f"column {name!r} has what seems to be the prompt: {where}; rename it to prompt")
 
 
-def _joined(value) -> str:
+def _texts(value) -> list[str]:
     """All that a text, or messages in any depth, say."""
-    if isinstance(value, list):
-        return "\n".join(filter(None, map(_joined, value)))
     if isinstance(value, dict):
-        return _joined([value.get("content") or value.get("value")])
-    return value.strip() if isinstance(value, str) else ""
+        said = value.get("content") or value.get("value")
+        value = [said] if said else [each for key, each in value.items() if key not in ("role", "from")]
+    if isinstance(value, list):
+        return [text for each in value for text in _texts(each)]
+    return [value.strip()] if isinstance(value, str) and value.strip() else []
 
 
 def _parsed(value, column: str):
     """Messages that were stored as text (JSON, or Python's repr of them as pandas writes it) as messages."""
-    if not isinstance(value, str) or not re.match(r"\s*\[\s*\{", value):
+    if not isinstance(value, str) or not re.match(r"\s*(array\()?\s*\[?\s*\{", value):
         return value
     for parse in (json.loads, ast.literal_eval):
         try:
             messages = parse(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
+        messages = [messages] if isinstance(messages, dict) and {"role", "content"} <= messages.keys() else messages
         if isinstance(messages, list) and all(isinstance(m, dict) and "role" in m for m in messages):
             return messages
         if isinstance(messages, list) and all(isinstance(m, dict) and {"from", "value"} <= m.keys() for m in messages):
@@ -169,7 +174,7 @@ def _from_json(value, column: str):
 def _number(value, column: str) -> float:
     """A number, also where a CSV file has it as text; a weight is not negative."""
     try:
-        number = float(value) if isinstance(value, str) else value
+        number = float(value) if isinstance(value, str | Decimal) else value
     except ValueError:
         number = None
     if not _is_number(number) or isinstance(number, bool):
@@ -229,4 +234,5 @@ def _is_number(value) -> bool:
 
 def first_line(error: Exception) -> str:
     """The first line of an error's words, or its name: what fits into a message of one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}" if first.endswith(":") and more else first

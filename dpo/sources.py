@@ -85,7 +85,12 @@ def _open(source, *, split: str, subset: str | None) -> dict:
             raise ValueError(f"{path} holds no {', '.join(FORMATS)} file: put one in, or name another path") from error
         except Exception as error:
             raise ValueError(f"{path} cannot be opened as a directory of data files: {first_line(error)}") from error
-        return {str(file): _read_file(Path(file)) for file in _pick_split(splits, split, path)}
+        files = [Path(file) for file in _pick_split(splits, split, path)]
+        readable = {file for file in path.rglob("*") if _format(file) in FORMATS and file.is_file()}
+        if kinds := {_format(file) for file in readable} - {_format(file) for file in files}:
+            if not any(set(map(Path, each)) & {f for f in readable if _format(f) in kinds} for each in splits.values()):
+                raise ValueError(f"{path} holds {', '.join(sorted(kinds))} files, too: name the one file to read")
+        return {str(file): _read_file(file) for file in files}
     if _format(path) in FORMATS or path.is_absolute() or str(source).startswith(".") or len(path.parts) > 2:
         raise ValueError(f"there is no file or directory {str(source)!r}: check the path")
     try:
@@ -105,6 +110,8 @@ def _from_list(rows: list[dict]) -> Dataset:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise ValueError(f"dataset, row {number}: is {type(row).__name__}: it must be a dict")
+        if odd := [key for key in row if not isinstance(key, str)]:
+            raise ValueError(f"dataset, row {number}: the key {odd[0]!r} is no text: name its column")
     # Not Dataset.from_list: it looks for columns in the first row only.
     columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
     try:
@@ -154,6 +161,8 @@ def _read_file(path: Path) -> Dataset:
             with _open_text(path) as file:
                 lines = csv.reader(file)
                 columns = [name or f"Unnamed: {i}" for i, name in enumerate(next(lines, []))]  # pandas' index has none
+                if twice := [name for name in columns if columns.count(name) > 1]:
+                    raise ValueError(f"{path}, line 1: two columns are called {twice[0]!r}: rename one")
                 for cells in lines:
                     if len(cells) > len(columns):  # pandas would take the first for an index, and shift the others
                         where = f"{path}, line {lines.line_num}"
