@@ -3,7 +3,6 @@
 import logging
 import math
 import random
-import shutil
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -145,9 +144,13 @@ def _set_random_states(states: dict) -> None:
 def checkpoints(output_dir: Path) -> dict[int, Path]:
     """The checkpoints that runs wrote to output_dir, by their steps, oldest first. What else has such a name is none:
     it is never deleted, and counts for nothing."""
-    names = {path.name.removeprefix("checkpoint-"): path for path in output_dir.glob("checkpoint-*")}
-    numbers = sorted(int(name) for name in names if name.isdigit())
-    return {step: names[str(step)] for step in numbers if (names[str(step)] / files.MANIFEST).is_file()}
+    found = {}
+    for path in output_dir.glob("checkpoint-*"):
+        name = path.name.removeprefix("checkpoint-")
+        is_step = name.isdecimal() and str(int(name)) == name
+        if is_step and not path.is_symlink() and (path / files.MANIFEST).is_file():
+            found[int(name)] = path
+    return dict(sorted(found.items()))
 
 
 def find_checkpoint(wanted: str | None, output_dir: Path, *, overwrite: bool) -> Path | None:
@@ -212,7 +215,7 @@ def prune_checkpoints(output_dir: Path, limit: int | None, best: int | None) -> 
     surplus = max(0, len(found) - limit) if limit else 0
     for step in [step for step in found if step not in (best, max(found))][:surplus]:
         if files.is_sealed(found[step]):
-            shutil.rmtree(found[step])
+            files.remove_sealed(found[step])
 
 
 def better_of(best: dict | None, row: dict, *, metric: str, greater: bool) -> dict:
@@ -231,6 +234,6 @@ def clear_output(output_dir: Path, *, step: int) -> None:
     step that it goes on from; everything, where it starts anew, at step 0. What no run wrote stays."""
     for number, path in checkpoints(output_dir).items():
         if (number > step or step == 0) and files.is_sealed(path):
-            shutil.rmtree(path)
+            files.remove_sealed(path)
     if step == 0:
         files.clear_run(output_dir)

@@ -218,6 +218,9 @@ class DPOConfig:
             self.report_to = None
         if self.lora_target_modules == ["all-linear"]:
             self.lora_target_modules = "all-linear"
+        for name in ("output_dir", "model_name_or_path", "ref_model_name_or_path", "ref_cache_dir"):
+            if str(getattr(self, name)).startswith("~"):
+                setattr(self, name, str(Path(getattr(self, name)).expanduser()))
         for name in KWARGS:
             setattr(self, name, getattr(self, name) or {})
         if str(self.resume_from_checkpoint).lower() == "false":
@@ -498,6 +501,13 @@ def read_config(path: Path) -> dict:
     for name, value in values.items():
         if name not in known:
             raise UserError(f"--config {path}: {_explain_unknown(name)}")
-        if name.endswith(("_name_or_path", "dataset_name")) and isinstance(value, str) and value.startswith("./"):
-            values[name] = str(path.parent / value)
+        if name.endswith(("_name_or_path", "dataset_name")):
+            values[name] = _beside(path, value)
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _beside(file: Path, value):
+    """A path of a file's that begins with ./ is relative to the file."""
+    if isinstance(value, dict):
+        return {key: _beside(file, each) for key, each in value.items()}
+    return str(file.parent / value) if isinstance(value, str) and value.startswith("./") else value

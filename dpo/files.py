@@ -7,6 +7,7 @@ has the size and the SHA-256 of each of its files.
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pathlib import Path
 from dpo.distributed import World, barrier
 from dpo.rows import first_line
 
+logger = logging.getLogger("dpo")
 RUN, LOCK, MANIFEST, FINAL = "run.json", "run.lock", "manifest.json", "model.finished"
 WRITTEN = ["metrics.jsonl", "samples.jsonl", "config.yaml", "rewards.png", "README.md"]  # beside the model's files
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what odd JSON may raise
@@ -31,10 +33,15 @@ def run_in(output_dir: Path) -> dict | None:
     """What run.json says: {"status": "training" or "finished", "step", "steps", "files": names}; None without a run."""
     try:
         run = json.loads((output_dir / RUN).read_text(encoding="utf-8"))
-        is_whole = {"status", "step", "steps"} <= run.keys() and all(isinstance(name, str) for name in run["files"])
+        is_whole = {"status", "step", "steps"} <= run.keys() and all(map(is_name, run["files"]))
         return run if is_whole else None
     except UNREADABLE:
         return None
+
+
+def is_name(name) -> bool:
+    """Whether this names something in a folder, and nothing above it or deeper."""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..")
 
 
 def files_of_run(output_dir: Path) -> list[str]:
@@ -92,9 +99,9 @@ def clear_run(output_dir: Path) -> None:
         return
     for name in files_of_run(output_dir):
         path = output_dir / name
-        if Path(name).name == name and path.is_dir() and not path.is_symlink():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif Path(name).name == name:
+        else:
             path.unlink(missing_ok=True)
     for path in (*output_dir.glob("checkpoint-*.unfinished"), output_dir / f"{FINAL}.unfinished"):
         shutil.rmtree(path, ignore_errors=True)
@@ -129,9 +136,9 @@ def written_aside(directory: Path, world: World):
         barrier(world)
         if first:
             seal(unfinished)
-            if is_sealed(directory):
-                shutil.rmtree(directory)
-            elif directory.exists() or directory.is_symlink():  # no run's: it is kept, under another name
+            if is_sealed(directory) and not directory.is_symlink():
+                remove_sealed(directory)
+            if directory.exists() or directory.is_symlink():  # no run's: it is kept, under another name
                 directory.rename(free_name(directory))
             unfinished.rename(directory)
             sync(directory.parent)
@@ -190,6 +197,19 @@ def is_sealed(directory: Path) -> bool:
         return any(name.endswith((".safetensors", ".pt")) for name in sealed_files(directory))
     except UNREADABLE:
         return False
+
+
+def remove_sealed(directory: Path) -> None:
+    """Removes a folder that a run sealed. What somebody else put into it stays, and with it the folder."""
+    for name in (*sealed_files(directory), MANIFEST):
+        path = directory / name
+        if path.resolve().is_relative_to(directory.resolve()) and not path.is_dir():
+            path.unlink(missing_ok=True)
+    for path in (*sorted((p for p in directory.rglob("*") if p.is_dir()), reverse=True), directory):
+        if not any(path.iterdir()):
+            path.rmdir()
+    if directory.exists():
+        logger.warning("%s stays: it holds what no run wrote", directory)
 
 
 def problem_of(directory: Path) -> str | None:

@@ -289,6 +289,8 @@ def evaluate(
         own = compute_metrics(EvalPrediction(predictions=(ordered[:, 0], ordered[:, 1]), label_ids=labels))
         if not isinstance(own, dict) or not all(isinstance(report.plain(v), int | float | None) for v in own.values()):
             raise UserError(f"compute_metrics returned {own!r}: it must return a dict of numbers")
+        if taken := sorted(own.keys() & result.keys()):
+            raise UserError(f"compute_metrics returned {taken[0]!r}, which is worked out already: name it otherwise")
         result |= own
     return {f"{prefix}_{key}": value for key, value in result.items()}
 

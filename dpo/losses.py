@@ -318,7 +318,8 @@ def exo_loss(
         epsilon = ratios.new_tensor(label_smoothing or 1e-3)
         target = torch.log(epsilon / (mask.sum(-1, keepdim=True) - 1)).repeat(1, ratios.shape[-1])
         target[:, 0] = torch.log1p(-epsilon)
-    return (policy.exp() * (policy - target)).sum(-1)
+    apart = (policy - target).masked_fill(~mask, 0)  # a weight would carry its −∞ over the edge, and 0 · ∞ is NaN
+    return (policy.exp() * apart).sum(-1)
 
 
 # ----------------------------------------------------------------------------------------------------- f-divergences
@@ -422,6 +423,8 @@ def check_loss(
         raise ValueError(f"loss_type is {names}: name at least one loss, and each once")
     if loss_weights is not None and len(loss_weights) != len(names):
         raise ValueError(f"loss_weights has {len(loss_weights)} numbers for {len(names)} losses: give one for each")
+    if loss_weights is not None and not any(loss_weights):
+        raise ValueError(f"loss_weights are {loss_weights}: nothing would be learnt: give one of them a number above 0")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing is {label_smoothing}: it must be at least 0 and below 0.5")
     if label_smoothing and not set(names) & set(takers("label_smoothing")):

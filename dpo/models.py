@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import find_adapter_config_file, has_file
 
+from dpo.distributed import unwrap
 from dpo.rows import first_line
 
 
@@ -61,6 +62,27 @@ def load_model(
     return model
 
 
+@torch.no_grad()
+def check_causal(model: torch.nn.Module) -> None:
+    """Refuses a model whose positions see later ones (BERT, loaded as if it were a decoder): it would read the answer.
+    Two short texts that differ in their last token must have the same logits before that; but for noise, which a text
+    that is there twice shows, and which is somebody else's to refuse."""
+    was_training, device = model.training, next(model.parameters()).device
+    ids = torch.tensor([[1, 2, 3, 1], [1, 2, 3, 1], [1, 2, 3, 2]], device=device)
+    try:
+        first, again, other = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    finally:
+        model.train(was_training)
+    earlier, last, noise = (
+        (first - other)[:-1].abs().max(),
+        (first - other)[-1].abs().max(),
+        (first - again).abs().max(),
+    )
+    if earlier > 0.1 * last + 10 * noise:
+        kind = type(unwrap(model)).__name__
+        raise ValueError(f"{kind} sees later tokens, it is no causal language model: take one that generates text")
+
+
 def not_finite(model: torch.nn.Module) -> str | None:
     """The first parameter that holds an infinity or a NaN, by its name."""
     named = model.named_parameters()
@@ -91,17 +113,22 @@ def adapter_base(name: str, revision: str = "main") -> str | None:
     except OSError:  # no directory, and no name that the Hub could have
         return None
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"] if path else None
+        base = json.loads(Path(path).read_text(encoding="utf-8"))["base_model_name_or_path"] if path else None
+        if path and not isinstance(base, str):
+            raise TypeError(f"base_model_name_or_path is {base!r}")
+        return base
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} names no base model: {first_line(error)}") from error
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """A few digits that tell a model's weights from others: a hash of the start of each, and of their names."""
+    """A few digits that tell a model's weights from others: a hash of their names, their starts and their sums."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        start = parameter.detach().flatten()[:256].cpu().contiguous().view(torch.uint8)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + start.numpy().tobytes())
+        values = parameter.detach().flatten().contiguous()
+        total = int(values.view(torch.uint8).sum(dtype=torch.int64))  # of all bytes: exact in any order
+        start = values[:256].cpu().view(torch.uint8).numpy().tobytes()
+        digest.update(f"{name} {tuple(parameter.shape)} {total}".encode() + start)
     return digest.hexdigest()[:16]
 
 
@@ -212,8 +239,14 @@ def names_of_linear_layers(model: torch.nn.Module) -> set[str]:
 def check_trainable(model: torch.nn.Module, *, fp16: bool) -> None:
     """Refuses a policy that cannot be trained, or not be saved afterwards."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not hasattr(model, "save_pretrained"):
+        raise ValueError(f"a {type(model).__name__} has no save_pretrained, it could not be saved: pass what it wraps")
     if not trained:
         raise ValueError("the model has no parameter that trains: load its adapter with is_trainable=True")
+    if broken := not_finite(model):
+        raise ValueError(f"the model is broken: the weights of {broken} are not all finite")
+    if isinstance(model, PeftModel) and getattr(model.peft_config[model.active_adapter], "lora_alpha", 1) == 0:
+        raise ValueError("lora_alpha of the model's adapter is 0: it would change nothing")
     if getattr(model, "is_quantized", False) and not isinstance(model, PeftModel):
         raise ValueError("a model in 4 or 8 bits can only train an adapter: add use_peft or peft_config")
     half = [name for name, parameter in trained.items() if parameter.dtype == torch.float16]

@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 import torch
 from huggingface_hub.constants import HF_HOME
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from tqdm.auto import tqdm
 from transformers import get_scheduler, set_seed
 
@@ -58,7 +58,7 @@ INSTEAD = {
     "an optimizer": "optim learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon",
     "a scheduler": "lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps",
 }
-OF_ADAPTERS = "peft_type r lora_alpha lora_dropout target_modules modules_to_save use_dora use_rslora bias"
+NOT_OF_ADAPTERS = "base_model_name_or_path revision inference_mode auto_mapping peft_version"  # all else matters
 logger = logging.getLogger("dpo")
 
 
@@ -112,7 +112,9 @@ def prepare(
 
     Raises: UserError in one line for what cannot be done, before an earlier run's files in output_dir are touched.
     """
-    args = args or DPOConfig()
+    if args is not None and not isinstance(args, DPOConfig):
+        raise UserError(f"args is a {type(args).__name__}: pass a dpo.config.DPOConfig")
+    args = dataclasses.replace(args or DPOConfig())  # checked once more: an option may have been set since
     with user_errors():
         world = distributed.setup(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout=args.ddp_timeout)
         logger.setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
@@ -124,6 +126,8 @@ def prepare(
         if args.tf32 is not None:
             torch.set_float32_matmul_precision("high" if args.tf32 else "highest")
 
+        if model is not None and model_init is not None:
+            raise UserError("model_init does nothing beside model: leave one of them out")
         if model is None:
             model = model_init() if model_init else args.model_name_or_path
         model = str(model) if isinstance(model, Path) else model
@@ -132,7 +136,7 @@ def prepare(
         sources["dataset_name"] = args.dataset_name if train_dataset is None else train_dataset
         run.sources = {key: value for key, value in sources.items() if value and isinstance(value, str)}
         given = (train_dataset, peft_config, optimizers, processing_class or name, data_collator, callbacks)
-        check_arguments(model, ref_model, *given, args=args)
+        check_arguments(model, ref_model, *given, compute_metrics, args=args)
         peft_config = adapter_config(model, peft_config, args=args)
         resume = claim_output(run, ref_model)
         hub = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
@@ -158,6 +162,8 @@ def prepare(
         run.policy = distributed.lay_out(run.model, world, trains=True, find_unused_parameters=unused)
         if run.reference.ref_model is not None:
             run.reference.ref_model = distributed.lay_out(run.reference.ref_model, world, trains=False)
+        with autocast(args, world):
+            models.check_causal(run.model)
         if args.precompute_ref_log_probs:
             precompute_reference(run)
         run.steps_per_epoch, epochs = len(plan_epoch(run)), args.num_train_epochs
@@ -223,10 +229,14 @@ def check_arguments(
     tokenizer_source,
     data_collator,
     callbacks,
+    compute_metrics,
     *,
     args: DPOConfig,
 ) -> None:
     """Refuses arguments of `train` that contradict each other, before anything is loaded."""
+    check_kinds(model, ref_model, peft_config, optimizers, data_collator, callbacks, compute_metrics)
+    if compute_metrics is not None and args.eval_strategy == "no":
+        raise UserError("compute_metrics does nothing without an eval_strategy: set it to steps or epoch")
     if model is None:
         raise UserError("there is no model: set model_name_or_path")
     if not tokenizer_source:
@@ -239,10 +249,6 @@ def check_arguments(
         for option in options.split():
             if objects[name] and getattr(args, option) != getattr(DPOConfig(), option):
                 raise UserError(f"{option} does nothing beside {name}, which train was given: leave one of them out")
-    for callback in callbacks or ():
-        if not callable(callback):
-            what = f"callbacks are functions of a metrics row, not {type(callback).__name__}"
-            raise UserError(f"{what}: pass lambda row: ...")
     is_adapter = peft_config is not None or args.use_peft or (isinstance(model, str) and models.adapter_base(model))
     for option in ("load_in_4bit", "load_in_8bit", "merge_adapter", "ref_adapter_name"):
         if getattr(args, option) and not is_adapter and isinstance(model, str):
@@ -257,6 +263,38 @@ def check_arguments(
         raise UserError("optimizers has a scheduler without its optimizer: pass both, or the optimizer alone")
     if args.ref_model_init_kwargs and not isinstance(ref_model or args.ref_model_name_or_path, str):
         raise UserError("ref_model_init_kwargs does nothing without a reference to load by name: leave it out")
+
+
+def check_kinds(model, ref_model, peft_config, optimizers, data_collator, callbacks, compute_metrics) -> None:
+    """Refuses arguments of `train` that are not what they should be."""
+    for name, value, kinds, words in (
+        ("model", model, str | torch.nn.Module, "a name, a path or a model"),
+        ("ref_model", ref_model, str | torch.nn.Module | None, "a name, a path or a model"),
+        (
+            "peft_config",
+            peft_config,
+            PeftConfig | dict | None,
+            "a peft.PeftConfig, or a dict of LoraConfig's arguments",
+        ),
+        ("data_collator", data_collator, Callable | None, "a function of a list of rows"),
+        ("compute_metrics", compute_metrics, Callable | None, "a function of an EvalPrediction"),
+        ("callbacks", callbacks, list | tuple | None, "a list of functions of a metrics row"),
+        ("optimizers", optimizers, tuple | list, "a tuple (optimizer, scheduler)"),
+    ):
+        if not isinstance(value, kinds):
+            raise UserError(f"{name} is {type(value).__name__}: it must be {words}")
+    for callback in callbacks or ():
+        if not callable(callback):
+            what = f"callbacks are functions of a metrics row, not {type(callback).__name__}"
+            raise UserError(f"{what}: pass lambda row: ...")
+    if len(optimizers) != 2:
+        raise UserError(f"optimizers has {len(optimizers)} parts: it must be a tuple (optimizer, scheduler)")
+    optimizer, scheduler = optimizers
+    if not isinstance(optimizer, torch.optim.Optimizer | None) or isinstance(optimizer, torch.optim.LBFGS):
+        raise UserError(f"optimizers has a {type(optimizer).__name__}: it must be one of one gradient a step, as AdamW")
+    one_value = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+    if one_value or not isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler | None):
+        raise UserError(f"optimizers has a {type(scheduler).__name__}: it must be an LRScheduler without a metric")
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -279,6 +317,8 @@ def prepare_data(run: Run, train_dataset, eval_dataset) -> tuple[datasets.Datase
             raise UserError("eval_strategy needs something to evaluate on: set eval_dataset_name, or it to no")
         eval_dataset, subset = source, args.dataset_config
     sets = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}
+    if not sets:
+        raise UserError("eval_dataset is empty: name a set to evaluate on")
     best = args.metric_for_best_model
     of_pairs = [name for name in report.METRICS if name.startswith(("loss", "rewards/", "logps/"))]
     known = [f"eval_{label}_{name}" if label else f"eval_{name}" for label in sets for name in of_pairs]
@@ -330,6 +370,8 @@ def prepare_rows(run: Run, source, split: str, subset: str | None) -> datasets.D
                 raise UserError(f"{where}: the column {CACHED[0]} is the reference: leave out {option}, or the columns")
     if "weight" in rows.column_names and names & set(OVER_THE_BATCH):
         raise UserError(f"{where}: {args.loss_type} sorts the batch, weights are of pairs: leave out the column")
+    if "weight" in rows.column_names and not any(rows["weight"][:]):
+        raise UserError(f"{where}: all numbers of the column weight are 0, nothing would be learnt: leave it out")
     if args.exo_beta_r != DPOConfig.exo_beta_r and not scored:
         raise UserError(f"{where}: exo_beta_r does nothing without scores: leave it out, or add a column scores")
     if args.label_smoothing and scored:
@@ -515,11 +557,30 @@ def make_optimizers(run: Run, optimizers: tuple) -> tuple:
         adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         rates = {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
         optimizer = models.make_optimizer(run.model, name=args.optim, **rates, **adam)
+    taken = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if left := [name for name, p in run.model.named_parameters() if p.requires_grad and id(p) not in taken]:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise UserError(f"the optimizer has not {left[0]}{more}, which train: make it of the model's own parameters")
     if scheduler is None:
         warmup = args.warmup_steps or math.ceil(args.warmup_ratio * run.total_steps)
-        kwargs = args.lr_scheduler_kwargs
+        kwargs = dict(args.lr_scheduler_kwargs)
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, run.total_steps, kwargs)
+        check_rates(scheduler, run.total_steps, args=args)
     return optimizer, scheduler
+
+
+def check_rates(scheduler, total_steps: int, *, args: DPOConfig) -> None:
+    """Refuses a schedule that fails, or comes to no learning rate worth the name, in one of its steps."""
+    what = f"lr_scheduler_type {args.lr_scheduler_type} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
+    try:
+        shares = [f(step) for f in scheduler.lr_lambdas for step in {*range(min(total_steps, 1000)), total_steps - 1}]
+    except Exception as error:
+        raise UserError(f"{what}: {first_line(error)} at one of the steps") from error
+    if not (all(isinstance(share, int | float) and math.isfinite(share) for share in shares) and max(shares) > 0):
+        raise UserError(f"{what}: no learning rate in {total_steps} steps: change the schedule, or train longer")
+    decay = args.lr_scheduler_kwargs.get("num_decay_steps", 0)
+    if decay + (args.warmup_steps or math.ceil(args.warmup_ratio * total_steps)) > total_steps:
+        raise UserError(f"{what}: warm-up and decay are longer than the {total_steps} steps of the run")
 
 
 def checkpointed(run: Run) -> dict:
@@ -535,10 +596,12 @@ def what_matters(run: Run) -> dict:
     if run.reference.ref_model is not None:
         same_run["reference"] = models.fingerprint(run.reference.ref_model)
     if isinstance(model, PeftModel):
-        adapter = model.peft_config[model.active_adapter].to_dict()
-        for key in OF_ADAPTERS.split():
-            value = adapter.get(key)
-            same_run[f"adapter's {key}"] = str(sorted(value) if isinstance(value, set) else value)
+        for key, value in model.peft_config[model.active_adapter].to_dict().items():
+            if key not in NOT_OF_ADAPTERS.split():
+                same_run[f"adapter's {key}"] = str(sorted(value) if isinstance(value, set) else value)
+    options = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in run.optimizer.param_groups]
+    same_run["optimizer"] = f"{type(run.optimizer).__name__} {options}"
+    same_run["collator"] = getattr(run.collator, "__qualname__", type(run.collator).__qualname__)
     if not args.lr_scheduler_type.startswith("constant") or args.warmup_ratio:
         same_run["steps"] = run.total_steps  # the learning rate of each step depends on their number
     return same_run

@@ -86,10 +86,11 @@ def _open(source, *, split: str, subset: str | None) -> dict:
         except Exception as error:
             raise ValueError(f"{path} cannot be opened as a directory of data files: {first_line(error)}") from error
         files = [Path(file) for file in _pick_split(splits, split, path)]
-        readable = {file for file in path.rglob("*") if _format(file) in FORMATS and file.is_file()}
-        if kinds := {_format(file) for file in readable} - {_format(file) for file in files}:
-            if not any(set(map(Path, each)) & {f for f in readable if _format(f) in kinds} for each in splits.values()):
-                raise ValueError(f"{path} holds {', '.join(sorted(kinds))} files, too: name the one file to read")
+        there = [file.relative_to(path) for file in path.rglob("*") if file.is_file()]
+        there = [f for f in there if not f.name.startswith("dataset_info") and not any(p[0] == "." for p in f.parts)]
+        kinds = {_format(file) for file in there} & FORMATS.keys()
+        if kinds := kinds - {_format(Path(file)) for each in splits.values() for file in each}:
+            raise ValueError(f"{path} holds {', '.join(sorted(kinds))} files, too: name the one file to read")
         return {str(file): _read_file(file) for file in files}
     if _format(path) in FORMATS or path.is_absolute() or str(source).startswith(".") or len(path.parts) > 2:
         raise ValueError(f"there is no file or directory {str(source)!r}: check the path")

@@ -717,7 +717,10 @@ def test_layout_is_that_of_the_batches_and_is_refused_where_a_collator_of_the_ca
     for layout in ("auto", "padded"):
         model, shapes = make_model(), []
         model.register_forward_pre_hook(
-            lambda _, __, inputs, shapes=shapes: shapes.append(inputs["logits_to_keep"].shape), with_kwargs=True
+            lambda _, __, inputs, shapes=shapes: shapes.extend(
+                x.shape for x in [inputs.get("logits_to_keep")] if x is not None
+            ),
+            with_kwargs=True,
         )
         run = start(tmp_path / layout, model=model, rows=ROWS[:8], max_steps=1, layout=layout)
         assert run.collator.layout == "padded"

@@ -136,12 +136,16 @@ def test_a_cache_serves_every_run_with_the_same_reference_and_no_other(sft, tmp_
 
     def worked_out(model=base, **options) -> int:
         model = model() if callable(model) else model
-        return count.of(tmp_path / str(next(names)), model=model, **cache, **options)
+        return count.of(tmp_path / str(next(names)), model=model, **{**cache, **options})
 
     assert worked_out() == 24
+    assert {path.parent.parent for path in tmp_path.rglob("*.parquet")} == {tmp_path / "cache"}
+    monkeypatch.setattr("dpo.prepare.HF_HOME", str(tmp_path / "home"))
+    assert worked_out(ref_cache_dir=None, precompute_ref_batch_size=5) == 24  # by default it is the Hub's own cache
+    assert len(list((tmp_path / "home" / "dpo").iterdir())) == 1
     for free in (
         {"learning_rate": 1e-2, "beta": 0.5, "seed": 3, "max_steps": 2},
-        {"loss_type": "ipo"},
+        {"loss_type": "ipo", "precompute_ref_batch_size": 7},
         {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},
         {"rows": ROWS[::-2]},  # matched by row, not by order
         {"rows": [*ROWS[:5], *ROWS[:5]]},

@@ -283,10 +283,13 @@ def test_a_given_reference_is_scored_alike_in_a_run_and_by_evaluate_and_batch_me
 PROMPT_TUNING = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
 
 
+SCHEDULE = torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD([torch.zeros(1)], lr=1.0))
+
+
 def test_arguments_that_contradict_each_other_are_refused(tmp_path):
     model = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
     for options, words in (
-        ({"optimizers": (None, "schedule")}, "a scheduler without its optimizer"),
+        ({"optimizers": (None, SCHEDULE)}, "a scheduler without its optimizer"),
         ({"ref_model": "m", "reference_free": True}, "no use for a ref_model"),
         ({"ref_model": "m", "loss_type": "simpo"}, "no use for a ref_model"),
         ({"ref_model": model}, "which will train"),
@@ -315,7 +318,13 @@ def test_rows_longer_than_learned_positions_are_refused_in_a_line(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"reference_free": True}, *({"loss_type": x} for x in NO_REFERENCE)], ids=str)
 def test_a_reference_runs_only_where_the_loss_looks_at_it(tmp_path, options):
     model, forwards = make_model(), []
-    model.register_forward_hook(lambda *_: forwards.append(1))  # counts those of copies of the model, too
+
+    # Counts those of copies of the model, too; not the look at whether it is causal.
+    def count(module, arguments, inputs, output) -> None:
+        if "logits_to_keep" in inputs:
+            forwards.append(1)
+
+    model.register_forward_hook(count, with_kwargs=True)
     if options:
         model.__deepcopy__ = lambda memo: pytest.fail("a reference was made")
     row = start(tmp_path, model=model, beta=0.5, max_steps=1, **options).rows[0]

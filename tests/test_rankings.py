@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from conftest import curve, make_model, make_rankings, make_rows, make_tokenizer, start
 from datasets import Dataset
 
@@ -12,6 +13,7 @@ from dpo.config import DPOConfig
 from dpo.data import prepare_dataset
 from dpo.logprobs import concatenated_forward
 from dpo.loop import get_batch_loss_metrics
+from dpo.losses import exo_loss, plackett_luce_loss
 from dpo.reference import Reference
 
 COLLATOR = DataCollatorForPreference(pad_token_id=0)
@@ -104,3 +106,26 @@ def test_what_rankings_cannot_do_is_refused_before_training(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             start(tmp_path, rows=rows, **options)
+
+
+@pytest.mark.parametrize("loss_type", ["plackett_luce", "exo"])
+def test_a_ranking_of_weight_zero_counts_for_nothing_and_breaks_nothing(loss_type, tmp_path):
+    rows = [{**row, "weight": float(number % 2)} for number, row in enumerate(make_rankings(8))]
+    options = {"per_device_train_batch_size": 8, "max_steps": 2, "loss_type": loss_type, "optim": "sgd"}
+    run = start(tmp_path / "a", rows=rows, **options)
+    counted = start(tmp_path / "b", rows=[row for row in rows if row["weight"]], **options)
+    assert [row["loss"] for row in run.rows] == pytest.approx([row["loss"] / 2 for row in counted.rows], rel=1e-5)
+    assert [row["grad_norm"] for row in run.rows] == pytest.approx([r["grad_norm"] / 2 for r in counted.rows], rel=1e-2)
+
+
+@pytest.mark.parametrize("scale", [0.0, 3.0, 2.0**16])
+@pytest.mark.parametrize("loss", [plackett_luce_loss, exo_loss])
+def test_a_scaled_loss_has_a_scaled_gradient_where_rankings_differ_in_length(loss, scale):
+    """As float16's loss scaler and weights scale it: what stands for −∞ must not become it."""
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    gradients = []
+    for factor in (1.0, scale):
+        ratios = torch.tensor([[0.5, -1.0, 0.0], [2.0, 1.0, -3.0]], requires_grad=True)
+        (factor * loss(ratios, mask=mask)).sum().backward()
+        gradients.append(ratios.grad)
+    assert torch.allclose(gradients[1], scale * gradients[0], rtol=1e-6) and gradients[0].any()
