@@ -130,8 +130,9 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
     try:
         before = render(prompt, add_generation_prompt=True) if prompt else ""
         for completion in completions:
-            wholes.append(render(prompt + completion))
-            wholes[-1].encode("utf-8")
+            whole = render(prompt + completion)
+            whole.encode("utf-8")
+            wholes.append(whole)
     except Exception as error:  # a template is a program of somebody else's: it may raise anything
         column = "'prompt'" if before is None and row["prompt"] else column_of(row, len(wholes))
         raise ValueError(f"column {column} does not fit the chat template: {first_line(error)}") from error

@@ -78,7 +78,7 @@ def check_causal(model: torch.nn.Module) -> None:
         (first - other)[-1].abs().max(),
         (first - again).abs().max(),
     )
-    if earlier > 0.1 * last + 10 * noise:
+    if earlier > 1e-3 * last + 10 * noise:
         kind = type(unwrap(model)).__name__
         raise ValueError(f"{kind} sees later tokens, it is no causal language model: take one that generates text")
 

@@ -245,9 +245,10 @@ def check_arguments(
     objects |= {"train_dataset": train_dataset is not None, "data_collator": data_collator is not None}
     objects |= {"an optimizer": optimizers[0] is not None, "a scheduler": optimizers[1] is not None}
     objects["ref_model"] = ref_model is not None
+    default = DPOConfig()
     for name, options in INSTEAD.items():
         for option in options.split():
-            if objects[name] and getattr(args, option) != getattr(DPOConfig(), option):
+            if objects[name] and getattr(args, option) != getattr(default, option):
                 raise UserError(f"{option} does nothing beside {name}, which train was given: leave one of them out")
     is_adapter = peft_config is not None or args.use_peft or (isinstance(model, str) and models.adapter_base(model))
     for option in ("load_in_4bit", "load_in_8bit", "merge_adapter", "ref_adapter_name"):
@@ -572,8 +573,9 @@ def make_optimizers(run: Run, optimizers: tuple) -> tuple:
 def check_rates(scheduler, total_steps: int, *, args: DPOConfig) -> None:
     """Refuses a schedule that fails, or comes to no learning rate worth the name, in one of its steps."""
     what = f"lr_scheduler_type {args.lr_scheduler_type} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
+    steps = {*range(min(total_steps, 1000)), total_steps - 1, total_steps}  # it moves on after the last one, too
     try:
-        shares = [f(step) for f in scheduler.lr_lambdas for step in {*range(min(total_steps, 1000)), total_steps - 1}]
+        shares = [f(step) for f in scheduler.lr_lambdas for step in steps]
     except Exception as error:
         raise UserError(f"{what}: {first_line(error)} at one of the steps") from error
     if not (all(isinstance(share, int | float) and math.isfinite(share) for share in shares) and max(shares) > 0):

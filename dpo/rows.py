@@ -96,7 +96,8 @@ def _check_kinds(row: dict) -> None:
         if problem := _problem_of(completion):
             raise ValueError(f"column {column_of(row, rank)}{problem}")
         last = completion[-1] if isinstance(completion, list) and completion else {"content": completion}
-        if not (last.get("content") or "").strip() and not last.get("tool_calls") and last.get("role") != "user":
+        says = (last.get("content") or "").strip() or last.get("tool_calls") or last.get("function_call")
+        if not says and last.get("role") != "user":
             raise NothingToLearn(f"column {column_of(row, rank)} is empty")
     best = column_of(row, 0)
     for rank, completion in enumerate(completions):
@@ -208,11 +209,14 @@ def _problem_of_message(message) -> str | None:
     if not isinstance(message, dict):
         return f"is {type(message).__name__}: it must be an object with role and content"
     role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
+    older = message.get("function_call")  # OpenAI's, of one call
     if not isinstance(role, str):
         return "has no 'role'"
     if role not in ROLES:
         return f"has the role {role!r}: write one of {', '.join(ROLES[:5])}"
-    if content is None and not calls:
+    if older is not None and not isinstance(older, dict):
+        return "has a 'function_call' that is no object"
+    if content is None and not calls and not older:
         return "has no 'content'"
     if content is not None and not isinstance(content, str):
         return f"has a 'content' that is {type(content).__name__}: it must be text"

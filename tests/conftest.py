@@ -148,8 +148,7 @@ def same(a: dict, b: dict) -> bool:
 def no_picture(request, monkeypatch):
     """Drawing rewards.png takes longer than all the rest of a short run: only the tests of pictures draw."""
     if request.module.__name__ not in ("test_report", "test_tutorials"):
-        savefig = "matplotlib.figure.Figure.savefig"
-        monkeypatch.setattr(savefig, lambda _, path, **__: Path(path).write_bytes(b"\x89PNG"))
+        monkeypatch.setattr("dpo.report.plot_rewards", lambda rows, path: path.write_bytes(b"\x89PNG"))
 
 
 @pytest.fixture(scope="session")

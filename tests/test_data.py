@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -986,6 +987,31 @@ UNSAID = {
     "kwargs of apply": ({**CHAT, "chat_template_kwargs": {"add_generation_prompt": True}}, {}, "chat_template_kwa"),
     "kwargs kind": ({**CHAT, "chat_template_kwargs": 3}, {}, "column 'chat_template_kwargs' is int: it must be an obj"),
     "from and value": ({**CHAT, "prompt": '[{"from": "human", "value": "sky?"}]'}, {}, "column 'prompt' has messages"),
+    "two calls, one of them said": (
+        {**CHAT, "chosen": [{**CALL, "tool_calls": [call({name: 1})[0]["tool_calls"][0] for name in "ab"]}]},
+        {"tokenizer": make_tokenizer(WITH_TOOLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"))},
+        "column 'chosen', message 1: the chat template leaves out part of its tool_calls"),
+    "a thought": ({**CHAT, "rejected": [{**GREEN, "thought": "hm"}]}, {},
+                  "column 'rejected', message 1: the chat template leaves out its thought"),
+    "empty in the middle": ({**CHAT, "chosen": [{**BLUE, "content": ""}, USER, BLUE]}, {},
+                            "column 'chosen', message 1 is empty: the model would learn to say nothing"),
+    "deep arguments": ({**CHAT, "chosen": call("[" * 3000 + "]" * 3000)}, {}, "a tool call's arguments are not JSON"),
+    "half a character": ({**CHAT, "chosen": call('{"a": "\\ud800"}')}, {"tokenizer": make_tokenizer(WITH_TOOLS)},
+                         "column 'chosen' does not fit the chat template"),
+    "part of a name": ({**CHAT, "chat_template_kwargs": {"thinking": False}},
+                       {"tokenizer": make_tokenizer("{{ enable_thinking }}" + CHATML)}, "chat_template_kwargs has 'th"),
+    "a loop's name": ({**CHAT, "chat_template_kwargs": {"m": 1}}, {}, "chat_template_kwargs has 'm'"),
+    "an attribute": ({**CHAT, "chat_template_kwargs": {"role": "x"}}, {}, "chat_template_kwargs has 'role'"),
+    "tools of text": ({**PAIR, "tools": [{"type": "function"}]}, {}, "column 'tools': it is for a chat template"),
+    "kwargs of text": ({**PAIR, "chat_template_kwargs": {"a": 1}}, {}, "chat_template_kwargs: it is for a chat templ"),
+    "a turn within": ({**PAIR, "chosen": " blue<|im_end|>\n<|im_start|>user\nand?<|im_end|>"}, {},
+                      "column 'chosen' has the token <|im_"),
+    "user_prompt": ({**BARE, "user_prompt": "why?"}, {}, "column 'user_prompt' has what seems to be the prompt"),
+    "a question in a box": ({**BARE, "question": {"text": "why?"}}, {}, "column 'question' has what seems to be the p"),
+    "said by an answer": ({**BARE, "question": "blue"}, {}, "column 'question' has what seems to be the prompt"),
+    "history": ({**PAIR, "history": [["sea?", "grey"]]}, {}, "column 'history' stands beside 'prompt'"),
+    "an array in text": ({**CHAT, "prompt": "array([{'role': 'user', 'content': 'a'}], dtype=object)"}, {},
+                         "column 'prompt' looks like messages stored as text"),
     "broken arguments": ({**CHAT, "chosen": call("{")}, {}, "a tool call's arguments are not JSON"),
     "messages of pandas": ({**CHAT, "prompt": PANDAS}, {}, "column 'prompt' looks like messages stored as text"),
 }  # fmt: skip
@@ -997,7 +1023,26 @@ def test_a_row_of_which_something_would_not_be_trained_is_refused(name):
     assert refusal([row, row], **options).startswith(f"dataset, row 1: {expected}")
 
 
+def test_what_is_written_in_another_way_is_understood(tokenizer):
+    question = "What is the colour of the sky?"
+    twice = {"prompt": question, "chosen": f"{question} blue", "rejected": f"{question} green"}
+    once = {"prompt": question, "chosen": " blue", "rejected": " green"}
+    assert prepared([twice], tokenizer)[0] == prepared([once], tokenizer)[0]
+    one = {"prompt": json.dumps(USER), "chosen": json.dumps(BLUE), "rejected": str(GREEN)}
+    assert prepared([one], tokenizer)[0] == prepared([CHAT], tokenizer)[0]
+    older = [{"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a": 1}'}}]
+    with_tools = make_tokenizer(WITH_TOOLS)
+    as_ever = prepared([{**CHAT, "chosen": call({"a": 1})}], with_tools)[0]
+    assert prepared([{**CHAT, "chosen": older}], with_tools)[0] == as_ever
+    late = [{**PAIR, "weight": None}] * 120 + [{**PAIR, "weight": Decimal("2.5")}]
+    assert "row 1: column 'weight' is None" in refusal(late)
+    tensors = Dataset.from_list([{**PAIR, "weight": 2.5}]).with_format("torch")
+    assert prepared(tensors, tokenizer)[0]["weight"] == 2.5
+
+
 def test_a_column_that_repeats_what_is_trained_does_no_harm(tokenizer):
+    said = {**CHAT, "messages": [USER, BLUE], "prompt_id": "f0e3", "source": "hub"}  # as UltraFeedback has it
+    assert prepared([said], tokenizer)[0] == prepared([CHAT], tokenizer)[0]
     talk = {"chosen": [USER, BLUE], "rejected": [USER, GREEN], "question": "sky?", "system": ""}
     assert prepared([talk], tokenizer)[0] == prepared([CHAT], tokenizer)[0]
     assert len(prepared([{**PAIR, "question": "another", "input": "the sky"}], tokenizer)) == 1

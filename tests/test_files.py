@@ -14,7 +14,7 @@ from conftest import ROOT, make_model, make_rows, make_tokenizer, read, same, st
 from transformers import AutoModelForCausalLM
 
 from dpo import files
-from dpo.checkpoint import find_checkpoint, save_model
+from dpo.checkpoint import checkpoints, find_checkpoint, save_model
 from dpo.config import DPOConfig, UserError
 from dpo.distributed import World
 from dpo.loop import train
@@ -278,3 +278,25 @@ def test_a_model_that_is_not_finite_is_not_saved(tmp_path):
         model.lm_head.weight[3, 4] = float("nan")
     with pytest.raises(ValueError, match="the weights of lm_head.weight are not finite"):
         save_model(tmp_path, ALONE, model, make_tokenizer())
+
+
+def test_names_in_a_run_json_lead_nowhere_else(tmp_path):
+    start(tmp_path / "box" / "run", **SAVES)
+    (tmp_path / "box" / "thesis.txt").write_text("mine")
+    content = json.loads((tmp_path / "box" / "run" / files.RUN).read_text())
+    for name in ("..", "../thesis.txt", ".", "", str(tmp_path / "box" / "thesis.txt")):
+        (tmp_path / "box" / "run" / files.RUN).write_text(json.dumps({**content, "files": [*content["files"], name]}))
+        with pytest.raises(UserError, match="holds what no run of dpo.loop wrote"):
+            start(tmp_path / "box" / "run", overwrite_output_dir=True)
+    assert (tmp_path / "box" / "thesis.txt").read_text() == "mine"
+
+
+def test_notes_in_a_checkpoint_stay_when_it_goes(tmp_path):
+    start(tmp_path, **SAVES)
+    first = min(checkpoints(tmp_path).values())
+    (first / "notes.txt").write_text("mine")
+    start(tmp_path, overwrite_output_dir=True, save_strategy="no")
+    assert [path.name for path in first.iterdir()] == ["notes.txt"] and not checkpoints(tmp_path)
+    (tmp_path / "checkpoint-007").mkdir()
+    start(tmp_path, overwrite_output_dir=True, **SAVES)
+    assert (first.with_name(f"{first.name}.other-1") / "notes.txt").read_text() == "mine" and checkpoints(tmp_path)

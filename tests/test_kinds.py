@@ -59,7 +59,7 @@ def told(run_) -> list[tuple[float, ...]]:
     return [tuple(row[key] for key in keys) for row in run_.rows]
 
 
-@pytest.mark.parametrize("name", ["adapter", "with-head"])
+@pytest.mark.parametrize("name", ["adapter", pytest.param("with-head", marks=pytest.mark.slow)])
 def test_all_references_of_a_trained_adapter_are_its_start(name, sft, tmp_path):
     runs = {
         kind: start(tmp_path / kind, rows=ROWS, **STEPS, **options)
@@ -324,7 +324,10 @@ def logits(model) -> torch.Tensor:
         return model.eval()(torch.arange(5, 25).view(2, 10)).logits
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ADAPTERS if name not in ("dora", "pissa", "4 bits")]
+
+
+@pytest.mark.parametrize("name", ["dora", "pissa", "4 bits", *SLOW])
 def test_adapters_start_as_the_reference_and_are_left_as_they_were_trained(name, sft, tmp_path):
     options = {"use_peft": True, "lora_r": 4, "learning_rate": 1e-2, "merge_adapter": True, **ADAPTERS[name]}
     run_ = start(tmp_path / "run", str(sft / "base"), ROWS, per_device_train_batch_size=4, **options)

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+import transformers
 from conftest import make_model, make_rows, make_tokenizer, same, start, weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -282,3 +283,19 @@ def test_settings_for_generation_that_cannot_be_saved_do_not_cost_the_trained_we
     model.generation_config.temperature, model.generation_config.do_sample = 0.5, False
     start(tmp_path, model=model, max_steps=1)
     assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_model_that_sees_later_tokens_is_refused(tmp_path):
+    sizes = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = transformers.BertLMHeadModel(transformers.BertConfig(**sizes, intermediate_size=32))
+    with pytest.raises(UserError, match="BertLMHeadModel sees later tokens, it is no causal language model"):
+        start(tmp_path / "a", model=bert)
+    decoder = transformers.BertLMHeadModel(transformers.BertConfig(**sizes, intermediate_size=32, is_decoder=True))
+    start(tmp_path / "b", model=decoder, max_steps=1)
+
+
+def test_weights_of_an_object_that_are_not_finite_are_named(tmp_path):
+    model = make_model()
+    model.lm_head.weight.data[3, 4] = float("nan")
+    with pytest.raises(UserError, match="the model is broken: the weights of lm_head.weight are not all finite"):
+        start(tmp_path, model=model)

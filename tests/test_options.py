@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, make_model, make_rows, make_tokenizer, read, start
 from peft import PeftModel
 
-from dpo.config import DPOConfig, UserError
+from dpo.config import DPOConfig, UserError, read_config
 from dpo.loop import train
 
 EVAL = {"eval_strategy": "steps", "eval_steps": 1}
@@ -331,3 +331,55 @@ def test_a_tracker_is_told_the_name_of_the_run(tmp_path, monkeypatch):
     for number, options in enumerate(({}, {"run_name": "mine"})):
         start(tmp_path / str(number), max_steps=1, report_to=["wandb"], **options)
     assert told == ["0", "mine"]
+
+
+NO_OPTIMIZER = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+STEPS = {"max_steps": 4, "num_train_epochs": 1}
+USELESS = {  # arguments of a run in which nothing, or not what was meant, would be learnt or saved
+    "another model's optimizer": ({"optimizers": (NO_OPTIMIZER, None)}, "the optimizer has not model.embed"),
+    "a list for an optimizer": ({"optimizers": ([1], None)}, "optimizers has a list: it must be one of one gradient"),
+    "one optimizer": ({"optimizers": (NO_OPTIMIZER,)}, "optimizers has 1 parts"),
+    "decay": ({"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 1000}, **STEPS},
+              "warm-up and decay are longer than the 4 steps of the run"),
+    "power": ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": -1}, **STEPS},
+              "at one of the steps"),
+    "weights": ({"loss_type": ["sigmoid", "ipo"], "loss_weights": [0, 0]}, "nothing would be learnt"),
+    "column": ({"rows": [{**row, "weight": 0} for row in make_rows(4)]}, "all numbers of the column weight are 0"),
+    "wrapped": ({"model": torch.nn.DataParallel(make_model())}, "a DataParallel has no save_pretrained"),
+    "number": ({"model": 5}, "model is int: it must be a name, a path or a model"),
+    "text": ({"peft_config": "lora"}, "peft_config is str"),
+    "printer": ({"callbacks": print}, "callbacks is builtin_function_or_method: it must be a list of functions"),
+    "metrics": ({"compute_metrics": print}, "compute_metrics does nothing without an eval_strategy"),
+    "nothing": ({"eval_strategy": "epoch", "eval_rows": {}}, "eval_dataset is empty"),
+    "taken": ({"eval_strategy": "epoch", "eval_rows": make_rows(3), "compute_metrics": lambda _: {"loss": 7}},
+              "compute_metrics returned 'loss', which is worked out already"),
+    "picture": ({"rows": [{**row, "caption": "x"} for row in make_rows(3)]}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", USELESS)
+def test_a_run_that_would_learn_nothing_or_lose_it_is_refused(name, tmp_path):
+    options, words = USELESS[name]
+    if words is None:
+        return start(tmp_path / "run", **options)  # a column that says nothing of a question does no harm
+    with pytest.raises(UserError, match=words) as refused:
+        start(tmp_path / "run", **options)
+    assert "\n" not in str(refused.value)
+
+
+def test_options_set_after_they_were_checked_are_checked_once_more(tmp_path):
+    args = DPOConfig(output_dir=str(tmp_path))
+    args.beta = -1.0
+    with pytest.raises(UserError, match="beta is -1.0"):
+        train(make_model(), args=args, train_dataset=make_rows(3), processing_class=make_tokenizer())
+    with pytest.raises(UserError, match="args is a dict: pass a dpo.config.DPOConfig"):
+        train(make_model(), args={"beta": 1.0}, train_dataset=make_rows(3), processing_class=make_tokenizer())
+
+
+def test_paths_begin_at_home_or_beside_the_file_that_names_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert DPOConfig(output_dir="~/run").output_dir == str(tmp_path / "run")
+    (tmp_path / "c.yaml").write_text("dataset_name: ./a\neval_strategy: epoch\neval_dataset_name: {x: ./b, y: hub/c}\n")
+    read = read_config(tmp_path / "c.yaml")
+    assert read["dataset_name"] == str(tmp_path / "a")
+    assert read["eval_dataset_name"] == {"x": str(tmp_path / "b"), "y": "hub/c"}

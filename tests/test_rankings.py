@@ -128,4 +128,4 @@ def test_a_scaled_loss_has_a_scaled_gradient_where_rankings_differ_in_length(los
         ratios = torch.tensor([[0.5, -1.0, 0.0], [2.0, 1.0, -3.0]], requires_grad=True)
         (factor * loss(ratios, mask=mask)).sum().backward()
         gradients.append(ratios.grad)
-    assert torch.allclose(gradients[1], scale * gradients[0], rtol=1e-6) and gradients[0].any()
+    assert torch.allclose(gradients[1], scale * gradients[0], rtol=1e-4) and gradients[0].any()

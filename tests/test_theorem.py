@@ -198,7 +198,7 @@ class Table(PreTrainedModel):
 
 
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("loss_type", ["sigmoid", "plackett_luce"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", pytest.param("plackett_luce", marks=pytest.mark.slow)])
 def test_the_whole_loop_ends_at_the_tilted_reference(tmp_path, beta, loss_type):
     """The same from text to trained model: rows weighted by their probability go through `dpo.loop.train`."""
     prompts, completions = ("the sky", "the sea", "now"), (" blue", " red", " grey", " green")
