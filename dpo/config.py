@@ -299,6 +299,10 @@ class DPOConfig:
                 self.load_in_8bit and self.use_dora,
                 "use_dora needs the weights, load_in_8bit hides them: load_in_4bit will do",
             ),
+            (
+                self.init_lora_weights.startswith("pissa_niter"),
+                "init_lora_weights pissa_niter_N draws random numbers whenever it is loaded: take pissa",
+            ),
             (not refers and cached, f"loss_type {listed} has no reference: leave out precompute_ref_log_probs"),
             (self.reference_free and cached, "reference_free has nothing to score: leave out precompute_ref_log_probs"),
             (sync and cached, "sync_ref_model moves the reference: leave out precompute_ref_log_probs"),

@@ -427,7 +427,9 @@ def finish(run: Run) -> None:
             names = files.move_into(output_dir / files.FINAL, output_dir, announce=announce)
             if args.merge_adapter:
                 note_files(run, "training", [*names, "merged"])
-                merge_adapter(str(output_dir), output_dir / "merged", **how_to_load(args))
+                kwargs = {**how_to_load(args), **args.model_init_kwargs}
+                kwargs["revision"] = args.model_revision if args.use_peft else "main"
+                merge_adapter(str(output_dir), output_dir / "merged", **kwargs)
                 names.append("merged")
     if world.rank == 0:
         report.plot_rewards(run.rows, output_dir / "rewards.png")

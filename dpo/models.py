@@ -18,20 +18,14 @@ from dpo.rows import first_line
 
 
 def load_model(
-    name: str,
-    *,
-    dtype: str = "float32",
-    revision: str = "main",
-    adapter_name: str | None = None,
-    ref_adapter_name: str | None = None,
-    **kwargs,
+    name: str, *, dtype: str = "float32", revision: str = "main", adapter_name: str | None = None, **kwargs
 ) -> torch.nn.Module:
     """A causal language model by Hub name or directory; one that holds a PEFT adapter gives the base model with that
     adapter, trainable.
 
     Args: dtype, of the weights (AdamW's updates at a learning rate of 1e-6 are too small for bfloat16's 8 bits);
-    revision, of name on the Hub; adapter_name, what the adapter is called in the model; ref_adapter_name, load it once
-    more, under this name, frozen; kwargs, of from_pretrained (None values are left out).
+    revision, of name on the Hub; adapter_name, what the adapter is called in the model; kwargs, of from_pretrained
+    (None values are left out).
     Raises: ValueError in one line if there is no such model, or its files lack weights that would then be random.
     """
     kwargs = {"dtype": dtype, **{key: value for key, value in kwargs.items() if value is not None}}
@@ -41,12 +35,11 @@ def load_model(
         if base is None:
             model, info = AutoModelForCausalLM.from_pretrained(name, revision=revision, **kwargs)
         else:
+            kwargs = {"revision": PeftConfig.from_pretrained(name, revision=revision).revision or "main", **kwargs}
             model, info = AutoModelForCausalLM.from_pretrained(base, **kwargs)
         wrong = {**info, "mismatched_keys": [key for key, *_ in info["mismatched_keys"]]}
         if base is not None:
             model, wrong = add_saved_adapter(model, name, revision, adapter_name or "default")
-            if ref_adapter_name is not None:
-                model.load_adapter(name, ref_adapter_name, revision=revision)
     except Exception as error:  # what is in somebody's folder may fail anywhere, a file cut short deep in a library
         raise ValueError(f"cannot load the model {str(name)!r}: {first_line(error)}") from error
     for kind in ("missing_keys", "mismatched_keys"):
@@ -93,6 +86,7 @@ def add_saved_adapter(
     model: torch.nn.Module, name: str, revision: str, adapter_name: str
 ) -> tuple[PeftModel, dict[str, list[str]]]:
     """(base model with the adapter of a directory or Hub name, trainable; the keys of the two that do not fit)."""
+    check_adapter_name(model, adapter_name)
     saved = load_peft_weights(name, device="cpu", **({} if Path(name).is_dir() else {"revision": revision}))
     embeddings = [value for key, value in saved.items() if key.endswith(("embed_tokens.weight", "lm_head.weight"))]
     if embeddings and len(embeddings[0]) != model.get_input_embeddings().num_embeddings:
@@ -196,9 +190,22 @@ def check_adapter(model: torch.nn.Module, peft_config) -> PeftConfig:
     return peft_config
 
 
-def add_adapter(model: torch.nn.Module, peft_config, adapter_name: str | None = None) -> torch.nn.Module:
-    """Wraps a model so that only the adapter of peft_config trains (see `check_adapter`)."""
-    return get_peft_model(model, check_adapter(model, peft_config), adapter_name or "default")
+def add_adapter(
+    model: torch.nn.Module, peft_config, adapter_name: str | None = None, revision: str | None = None
+) -> torch.nn.Module:
+    """Wraps a model, of this revision on the Hub, so that only the adapter of peft_config trains."""
+    peft_config = check_adapter(model, peft_config)
+    check_adapter_name(model, adapter_name)
+    try:
+        return get_peft_model(model, peft_config, adapter_name or "default", revision=revision)
+    except Exception as error:  # PEFT and bitsandbytes have their own ways to say that something cannot be
+        raise ValueError(f"the adapter cannot be added: {first_line(error)}") from error
+
+
+def check_adapter_name(model: torch.nn.Module, name: str | None) -> None:
+    """Refuses a name of an adapter that is part of a module's: a parameter's name would not tell which one it is of."""
+    if any(name in path.split(".") for path, _ in model.named_modules()):
+        raise ValueError(f"an adapter cannot be called {name!r}, a module of the model is: choose another name")
 
 
 def adapter_key(name: str | None) -> str | None:
@@ -217,6 +224,9 @@ def pick_adapter(model: torch.nn.Module, name: str, ref_name: str | None) -> Non
         raise ValueError(f"ref_adapter_name {ref_name!r} is the adapter that trains: load it once more, and name that")
     if name != model.active_adapter:
         model.set_adapter(name)
+    for path, parameter in model.named_parameters():
+        if ref_name in path.split("."):
+            parameter.requires_grad = False
 
 
 def quantization(*, load_in_4bit: bool, load_in_8bit: bool, quant_type: str, nested: bool, dtype: str) -> dict:

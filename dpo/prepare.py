@@ -254,6 +254,8 @@ def check_arguments(
     for option in ("load_in_4bit", "load_in_8bit", "merge_adapter", "ref_adapter_name"):
         if getattr(args, option) and not is_adapter and isinstance(model, str):
             raise UserError(f"{option} needs an adapter, and {model} is none: add use_peft, or leave it out")
+    if args.sync_ref_model and ref_model is not None:
+        raise UserError("sync_ref_model moves the policy's own start: leave out ref_model")
     if args.merge_adapter and not isinstance(model, str):
         raise UserError("merge_adapter loads the base by its name: name the model, or call merge_and_unload on it")
     if ref_model is model and not isinstance(model, str):
@@ -412,13 +414,14 @@ def build_policy(model, peft_config, *, args: DPOConfig) -> torch.nn.Module:
     """The model that trains: the caller's, or loaded by its name; with its adapter, if it has one."""
     name, ref_name = models.adapter_key(args.model_adapter_name), models.adapter_key(args.ref_adapter_name)
     if isinstance(model, str):
-        adapters = {"adapter_name": name, "ref_adapter_name": ref_name}
         kwargs = {**how_to_load(args), "revision": args.model_revision, **args.model_init_kwargs}
-        model = models.load_model(model, **adapters, **kwargs)
+        model = models.load_model(model, adapter_name=name, **kwargs)
+        if ref_name is not None:
+            frozen_adapter(model, ref_name)
     if args.disable_dropout:
         models.disable_dropout(model)
     if peft_config is not None:
-        model = models.add_adapter(model, peft_config, name)
+        model = models.add_adapter(model, peft_config, name, args.model_revision)
     if name or ref_name:
         models.pick_adapter(model, name or getattr(model, "active_adapter", None), ref_name)
     models.check_trainable(model, fp16=args.fp16)
@@ -476,9 +479,8 @@ def how_to_load(args: DPOConfig) -> dict:
 def compile_models(model, ref_model, *, args: DPOConfig) -> None:
     options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
     options = {key: value for key, value in options.items() if value is not None}
-    for each in (model, ref_model) if args.torch_compile else ():
-        if each is not None:
-            each.compile(**options)
+    for each in {model, ref_model} - {None} if args.torch_compile else ():  # which may be one and the same
+        each.compile(**options)
 
 
 def precompute_reference(run: Run) -> None:
@@ -486,8 +488,12 @@ def precompute_reference(run: Run) -> None:
     rows: while training no reference is asked, or kept in memory."""
     args, reference = run.args, run.reference
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "of the weights"
+    precision += f", {torch.get_float32_matmul_precision()}"  # tf32
     directory = Path(args.ref_cache_dir or Path(HF_HOME) / "dpo") / reference_digest(reference, precision=precision)
     run.model.train(getattr(run.model, "is_quantized", False))  # whose kernel is another one in eval mode
+    for module in run.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
     size, plan = (
         args.precompute_ref_batch_size,
         {"world_size": run.world.size, "shuffle": False, "group_by_length": True},
@@ -500,7 +506,14 @@ def precompute_reference(run: Run) -> None:
     for name, rows in run.eval_sets.items():
         windows = epoch_windows(rows["length"][:], batch_size=size or args.per_device_eval_batch_size, **plan)
         run.eval_sets[name] = with_reference(run, rows, windows, directory)
-    run.reference = Reference(run.model, kind=f"{reference.kind}, cached", is_cached=True)
+    if missing := [name for name in CACHED if name not in run.collator([run.train_rows[0]])]:
+        raise UserError(f"the data_collator leaves out the column {missing[0]}: it must hand it on to the batch")
+    if reference.ref_model not in (None, run.model) and run.world.device.type != "cpu":
+        reference.ref_model.to("cpu")  # the caller may hold it
+    kind, digest = f"{reference.kind}, cached", directory.name
+    run.reference = Reference(run.model, kind=kind, is_cached=True, digest=digest)
+    if args.generate_during_eval:
+        logger.info("with precompute_ref_log_probs there is no reference to answer: the policy's answers are shown")
 
 
 def with_reference(run: Run, rows: datasets.Dataset, windows: list, directory: Path) -> datasets.Dataset:
@@ -597,6 +610,8 @@ def what_matters(run: Run) -> dict:
     same_run = what_options_matter(run) | {"model": models.fingerprint(model)}
     if run.reference.ref_model is not None:
         same_run["reference"] = models.fingerprint(run.reference.ref_model)
+    if run.reference.digest:
+        same_run["reference"] = run.reference.digest
     if isinstance(model, PeftModel):
         for key, value in model.peft_config[model.active_adapter].to_dict().items():
             if key not in NOT_OF_ADAPTERS.split():

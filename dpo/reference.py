@@ -31,8 +31,9 @@ class Reference:
 
     Args: policy, the model that trains; kind, what is asked, in words; ref_model, a frozen one, or None: the policy is
     asked, with its adapter ref_adapter_name or with none; exists, False where there is none to ask: log π_ref = 0;
-    is_cached, the batches bring its values; ld_alpha as in `concatenated_forward`; sync_steps and mixup_alpha, TR-DPO:
-    move it towards the policy every so many optimizer steps, 0 for never.
+    is_cached, the batches bring its values; digest, of what they were worked out by; ld_alpha as in
+    `concatenated_forward`; sync_steps and mixup_alpha, TR-DPO: move it towards the policy every so many optimizer
+    steps, 0 for never.
     """
 
     policy: torch.nn.Module
@@ -41,6 +42,7 @@ class Reference:
     ref_adapter_name: str | None = None
     exists: bool = True
     is_cached: bool = False
+    digest: str = ""
     ld_alpha: float | None = None
     sync_steps: int = 0
     mixup_alpha: float = 1.0
@@ -49,7 +51,8 @@ class Reference:
         if self.is_cached:
             if missing := [name for name in CACHED if name not in batch]:
                 raise ValueError(f"the batch has no {missing[0]}: the data_collator must hand that column on")
-            return tuple(batch[name] for name in CACHED)
+            chosen, rejected = (batch[name] for name in CACHED)
+            return chosen, rejected.squeeze(1) if rejected.ndim == 2 else rejected  # (B, 1) is that of pairs
         if not self.exists:
             B, lengths = len(batch["tokens"]), batch["lengths"]
             zeros = torch.zeros(len(lengths), device=lengths.device)
@@ -121,6 +124,7 @@ def frozen_adapter(policy: PeftModel, name: str = "reference") -> str:
     for option in ("init_lora_weights", "init_weights"):
         if hasattr(config, option):
             setattr(config, option, True)  # PiSSA and its like would take their share out of the base a second time
+    config.inference_mode = True
     trained = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
     while name in policy.peft_config:
         name += "_"
@@ -216,8 +220,9 @@ def reference_digest(reference: Reference, *, precision: str) -> str:
         name = model.active_adapter if reference.ref_model is not None else reference.ref_adapter_name
     configs = [getattr(model, "config", None), adapters.get(name)]
     said = [config.to_dict() for config in configs if config is not None and hasattr(config, "to_dict")]
-    said = [{key: str(value) for key, value in each.items() if key not in NAMES.split()} for each in said]
-    digest = hashlib.sha256(json.dumps([CACHE_VERSION, reference.ld_alpha, precision, said], sort_keys=True).encode())
+    said = [{key: value for key, value in each.items() if key not in NAMES.split()} for each in said]
+    text = json.dumps([CACHE_VERSION, reference.ld_alpha, precision, said], sort_keys=True, default=_in_order)
+    digest = hashlib.sha256(text.encode())
     weights = {}
     for path, tensor in model.state_dict().items():
         parts = path.split(".")
@@ -230,6 +235,11 @@ def reference_digest(reference: Reference, *, precision: str) -> str:
         digest.update(f"{path} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
+
+
+def _in_order(value):
+    """What JSON does not know, as what it does: a set in the same order in every process."""
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
 def row_key(row: dict) -> bytes:

@@ -1,18 +1,23 @@
 """Every kind of reference: they train alike where theory says so, go on exactly, and what makes no sense is refused."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import make_model, make_rankings, make_rows, make_tokenizer, read, run, same, start, weights
+from conftest import ROOT, make_model, make_rankings, make_rows, make_tokenizer, read, run, same, start, weights
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from dpo import reference
+from dpo.collate import DataCollatorForPreference
 from dpo.config import UserError
 from dpo.merge import main as merge
 from dpo.models import load_model
 
+COLLATOR = DataCollatorForPreference(pad_token_id=0)
 ROWS, EVAL_ROWS = make_rows(24), make_rows(7, seed=1)
 STEPS = {"num_train_epochs": 2, "per_device_train_batch_size": 4, "shuffle": False}
 NAMED = {"model_adapter_name": "train", "ref_adapter_name": "reference"}
@@ -274,6 +279,10 @@ WRONG = {
     "no adapter to merge": ({"merge_adapter": True}, "base", "merge_adapter needs an adapter"),
     "bits alone": ({"load_in_4bit": True}, "base", "load_in_4bit needs an adapter"),
     "both bits": ({"load_in_4bit": True, "load_in_8bit": True}, "base", "exclude each other"),
+    "sync of another": ({"sync_ref_model": True, "ref_model": make_model(1)}, "base", "leave out ref_model"),
+    "pissa in 4 bits": ({"load_in_4bit": True, "use_peft": True, "init_lora_weights": "pissa"}, "base",
+                        "the adapter cannot be added"),
+    "pissa by chance": ({"use_peft": True, "init_lora_weights": "pissa_niter_4"}, "base", "draws random numbers"),
     "sync": ({"sync_ref_model": True, "precompute_ref_log_probs": True}, "base", "leave out precompute_ref_log_probs"),
     "free": ({"reference_free": True, "precompute_ref_log_probs": True}, "base", "leave out precompute_ref_log_probs"),
     "loss": ({"loss_type": "simpo", "precompute_ref_log_probs": True}, "base", "simpo has no reference"),
@@ -411,3 +420,42 @@ def test_two_processes_equal_one_with_every_kind(sft, tmp_path):
             left.append([(row["loss"], row["grad_norm"], row["rewards/margins"]) for row in read(output)])
         assert [pytest.approx(row, abs=1e-5) for row in left[0]] == left[1], kind
         assert left[0][0][2] == pytest.approx(0, abs=1e-5) and abs(left[0][-1][2]) > 1e-4
+
+
+def test_an_adapter_s_digest_is_the_same_in_every_process_and_tells_models_apart(sft, tmp_path):
+    code = "import sys; from dpo.models import load_model; from dpo.reference import Reference, reference_digest\n"
+    code += "model = load_model(sys.argv[1]); print(reference_digest(Reference(model, ref_model=model), precision=''))"
+    found = []
+    for seed in "12":
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", code, str(sft / "adapter")]
+        found.append(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert found[0] == found[1] and len(found[0]) == 33
+    with pytest.raises(UserError, match="an adapter cannot be called 'layers', a module of the model is"):
+        start(tmp_path, str(sft / "base"), use_peft=True, model_adapter_name="layers")
+
+
+def test_a_cached_run_does_not_go_on_with_another_reference(sft, tmp_path):
+    options = {"rows": ROWS, "precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache"), **STEPS}
+    options |= {"save_strategy": "steps", "save_steps": 5, "model": str(sft / "base")}
+    start(tmp_path / "run", **options)
+    make_model(3, hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="it is of another run, with reference "):
+        other = {"ref_model_name_or_path": str(tmp_path / "other")}
+        start(tmp_path / "run", resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"), **options, **other)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_cached_rankings_of_two_are_pairs(size, tmp_path):
+    cached = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")}
+    options = {"rows": make_rankings(6), "loss_type": "plackett_luce", "per_device_train_batch_size": size}
+    online, offline = start(tmp_path / "a", **options), start(tmp_path / "b", **options, **cached)
+    assert told(offline) == [pytest.approx(row, abs=1e-5) for row in told(online)]
+
+
+def test_a_collator_that_loses_the_reference_is_refused_at_once(tmp_path):
+    own = lambda rows: {key: value for key, value in COLLATOR(rows).items() if "ref_" not in key}  # noqa: E731
+    cached = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(UserError, match="the data_collator leaves out the column ref_chosen_logps"):
+        start(tmp_path / "a", data_collator=own, **cached)
+    start(tmp_path / "b", data_collator=COLLATOR, max_steps=1, **cached)
