@@ -22,6 +22,7 @@ from transformers import EvalPrediction
 
 from dpo import checkpoint, distributed, files, report, sampling
 from dpo.batches import epoch_windows, load_windows
+from dpo.build import autocast, how_to_load, loss_names, loss_options
 from dpo.checkpoint import TrainingState
 from dpo.collate import padded_batch
 from dpo.config import DPOConfig, UserError, parse_args
@@ -29,18 +30,7 @@ from dpo.distributed import World, gather_pairs, synchronize_gradients
 from dpo.logprobs import concatenated_forward
 from dpo.losses import OVER_THE_BATCH, dpo_loss
 from dpo.merge import merge_adapter
-from dpo.prepare import (
-    Run,
-    autocast,
-    checkpointed,
-    how_to_load,
-    loss_names,
-    loss_options,
-    note_files,
-    plan_epoch,
-    prepare,
-    user_errors,
-)
+from dpo.prepare import Run, checkpointed, note_files, plan_epoch, prepare, user_errors
 from dpo.reference import Reference
 from dpo.report import create_model_card
 from dpo.sampling import generate_from_model_and_ref

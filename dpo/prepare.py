@@ -1,42 +1,43 @@
-"""Arguments and configuration become a Run: checked, with data, policy, reference, optimizer and schedule at hand."""
+"""Arguments and configuration become a Run: checked, with its data, and what build.py makes; and its place on disk."""
 
 import dataclasses
 import inspect
 import logging
 import math
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import datasets
-import pyarrow as pa
 import torch
 from huggingface_hub.constants import HF_HOME
 from peft import PeftConfig, PeftModel
 from tqdm.auto import tqdm
-from transformers import get_scheduler, set_seed
+from transformers import set_seed
 
 from dpo import checkpoint, distributed, files, models, report, sampling
-from dpo.batches import epoch_windows, load_windows
+from dpo.batches import epoch_windows
+from dpo.build import (
+    adapter_config,
+    autocast,
+    build_policy,
+    build_reference,
+    check_schedule,
+    compile_models,
+    loss_names,
+    make_optimizers,
+    needs_reference,
+    with_reference,
+)
 from dpo.checkpoint import TrainingState
 from dpo.collate import NUMBERS, DataCollatorForPreference
 from dpo.config import DPOConfig, UserError
 from dpo.data import fingerprint, largest_id, prepare_dataset
 from dpo.distributed import World
-from dpo.losses import OF_RANKINGS, OVER_THE_BATCH, PARAMETERS, WITH_REFERENCE, dpo_loss, takers
-from dpo.reference import (
-    CACHED,
-    Reference,
-    adapter_starts_at_zero,
-    frozen_adapter,
-    frozen_copy,
-    precompute_ref_log_probs,
-    read_cache,
-    reference_digest,
-    row_key,
-)
+from dpo.losses import OF_RANKINGS, OVER_THE_BATCH, PARAMETERS, takers
+from dpo.reference import CACHED, Reference, reference_digest
 from dpo.rows import first_line
 from dpo.sources import load_preferences
 
@@ -168,7 +169,7 @@ def prepare(
             precompute_reference(run)
         run.steps_per_epoch, epochs = len(plan_epoch(run)), args.num_train_epochs
         run.total_steps = args.max_steps if args.max_steps > 0 else math.ceil(epochs * run.steps_per_epoch)
-        run.optimizer, run.scheduler = make_optimizers(run, optimizers)
+        run.optimizer, run.scheduler = make_optimizers(run.model, optimizers, run.total_steps, args=args)
         run.scaler = torch.amp.GradScaler(world.device.type, enabled=args.fp16)
         run.same_run = what_matters(run)
         if resume:
@@ -208,16 +209,6 @@ def check_machine(world: World, *, args: DPOConfig) -> None:
     for key in args.gradient_checkpointing_kwargs:
         if key not in known or key in ("function", "args", "kwargs"):
             raise UserError(f"gradient_checkpointing_kwargs has {key!r}, which torch.utils.checkpoint does not know")
-
-
-def check_schedule(args: DPOConfig) -> None:
-    """Tries the learning-rate schedule on a parameter of its own: its arguments may be missing, unknown or wrong."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    try:
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, dict(args.lr_scheduler_kwargs)).get_last_lr()
-    except Exception as error:
-        what = f"lr_scheduler_type {args.lr_scheduler_type} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
-        raise UserError(f"{what}: {first_line(error)}") from error
 
 
 def check_arguments(
@@ -407,86 +398,14 @@ def plan_epoch(run: Run, epoch: int = 0, *, drop_last: bool | None = None) -> li
     return windows
 
 
-# ------------------------------------------------------------------------------------- models, optimizer, what is left
-
-
-def build_policy(model, peft_config, *, args: DPOConfig) -> torch.nn.Module:
-    """The model that trains: the caller's, or loaded by its name; with its adapter, if it has one."""
-    name, ref_name = models.adapter_key(args.model_adapter_name), models.adapter_key(args.ref_adapter_name)
-    if isinstance(model, str):
-        kwargs = {**how_to_load(args), "revision": args.model_revision, **args.model_init_kwargs}
-        model = models.load_model(model, adapter_name=name, **kwargs)
-        if ref_name is not None:
-            frozen_adapter(model, ref_name)
-    if args.disable_dropout:
-        models.disable_dropout(model)
-    if peft_config is not None:
-        model = models.add_adapter(model, peft_config, name, args.model_revision)
-    if name or ref_name:
-        models.pick_adapter(model, name or getattr(model, "active_adapter", None), ref_name)
-    models.check_trainable(model, fp16=args.fp16)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False, **args.gradient_checkpointing_kwargs})
-    return model
-
-
-def build_reference(policy, ref_model, columns: list[str], *, args: DPOConfig) -> tuple[Reference, bool]:
-    """What the policy is compared with, and whether the two must agree before the first step. columns, of the rows:
-    they may bring the reference's log-probabilities."""
-    common, own = {"policy": policy, "ld_alpha": args.ld_alpha}, isinstance(policy, PeftModel)
-    if args.sync_ref_model:
-        common |= {"sync_steps": args.ref_model_sync_steps, "mixup_alpha": args.ref_model_mixup_alpha}
-    ref_model = args.ref_model_name_or_path if ref_model is None else ref_model
-    if not needs_reference(args):
-        return Reference(**common, kind="none", exists=False), False
-    if CACHED[0] in columns:
-        if ref_model is not None:
-            raise UserError(f"the column {CACHED[0]} is the reference: leave out ref_model, or the columns")
-        return Reference(**common, kind=f"the columns {CACHED[0]} and {CACHED[1]}", is_cached=True), False
-    if args.force_use_ref_model and (not own or ref_model is None):
-        raise UserError("force_use_ref_model is for a model with an adapter that has a ref_model, too: leave it out")
-    if own and ref_model is not None and not args.force_use_ref_model:
-        raise UserError("a model with an adapter is its own reference: leave out ref_model, or add force_use_ref_model")
-    if ref_model is not None:
-        if isinstance(ref_model, str):
-            ref_model = models.load_model(ref_model, **{**how_to_load(args), **args.ref_model_init_kwargs})
-        return Reference(**common, ref_model=ref_model.eval().requires_grad_(False), kind="another model"), False
-    # An adapter keeps its own dropout, which shows wherever its B is not 0: as it is not in a reference.
-    is_noisy = any("lora_dropout" in name and getattr(module, "p", 0) > 0 for name, module in policy.named_modules())
-    if args.ref_adapter_name is not None:
-        name = models.adapter_key(args.ref_adapter_name)
-        reference = Reference(**common, ref_adapter_name=name, kind=f"the adapter {args.ref_adapter_name}")
-        are_equal = all(torch.equal(trained, own) for trained, own in reference.pairs().values())
-        return reference, args.disable_dropout and are_equal and not is_noisy
-    if own and adapter_starts_at_zero(policy) and not args.sync_ref_model:
-        return Reference(**common, kind="the policy with its adapter off"), args.disable_dropout
-    must_agree = args.disable_dropout and not is_noisy
-    if args.precompute_ref_log_probs:
-        return Reference(**common, ref_model=policy, kind="the policy before it trains"), must_agree
-    if own and getattr(policy.peft_config[policy.active_adapter], "bias", "none") == "none":
-        return Reference(**common, ref_adapter_name=frozen_adapter(policy), kind="a frozen adapter"), must_agree
-    return Reference(**common, ref_model=frozen_copy(policy), kind="a frozen copy of the policy"), must_agree
-
-
-def how_to_load(args: DPOConfig) -> dict:
-    """from_pretrained's arguments, of policy and reference alike."""
-    bits = {"load_in_4bit": args.load_in_4bit, "load_in_8bit": args.load_in_8bit, "dtype": args.dtype}
-    bits = models.quantization(**bits, quant_type=args.bnb_4bit_quant_type, nested=args.use_bnb_nested_quant)
-    own = {"dtype": args.dtype, "attn_implementation": args.attn_implementation}
-    return {**own, "trust_remote_code": args.trust_remote_code, **bits}
-
-
-def compile_models(model, ref_model, *, args: DPOConfig) -> None:
-    options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
-    options = {key: value for key, value in options.items() if value is not None}
-    for each in {model, ref_model} - {None} if args.torch_compile else ():  # which may be one and the same
-        each.compile(**options)
+# ------------------------------------------------------------------- the reference in advance, and what a run leaves
 
 
 def precompute_reference(run: Run) -> None:
     """Finds the reference's log-probabilities on disk, or works them out and keeps them there, and puts them into the
     rows: while training no reference is asked, or kept in memory."""
     args, reference = run.args, run.reference
+    common = (reference, run.collator, run.world)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "of the weights"
     precision += f", {torch.get_float32_matmul_precision()}"  # tf32
     directory = Path(args.ref_cache_dir or Path(HF_HOME) / "dpo") / reference_digest(reference, precision=precision)
@@ -502,10 +421,10 @@ def precompute_reference(run: Run) -> None:
     windows = plan_epoch(run, drop_last=False)
     if size is not None:
         windows = epoch_windows(run.train_rows["length"][:], batch_size=size, **plan)
-    run.train_rows = with_reference(run, run.train_rows, windows, directory)
+    run.train_rows = with_reference(run.train_rows, windows, directory, *common, args=args)
     for name, rows in run.eval_sets.items():
         windows = epoch_windows(rows["length"][:], batch_size=size or args.per_device_eval_batch_size, **plan)
-        run.eval_sets[name] = with_reference(run, rows, windows, directory)
+        run.eval_sets[name] = with_reference(rows, windows, directory, *common, args=args)
     if missing := [name for name in CACHED if name not in run.collator([run.train_rows[0]])]:
         raise UserError(f"the data_collator leaves out the column {missing[0]}: it must hand it on to the batch")
     if reference.ref_model not in (None, run.model) and run.world.device.type != "cpu":
@@ -514,88 +433,6 @@ def precompute_reference(run: Run) -> None:
     run.reference = Reference(run.model, kind=kind, is_cached=True, digest=digest)
     if args.generate_during_eval:
         logger.info("with precompute_ref_log_probs there is no reference to answer: the policy's answers are shown")
-
-
-def with_reference(run: Run, rows: datasets.Dataset, windows: list, directory: Path) -> datasets.Dataset:
-    """Rows with the columns ref_chosen_logps and ref_rejected_logps, of the cache in directory and what it lacked,
-    worked out in the batches of windows."""
-    world, keys = run.world, [row_key(row) for row in rows]
-    known = distributed.by_first(lambda: read_cache(directory, keys), world)
-    missing = {key: number for number, key in enumerate(keys) if key not in known}.values()
-    missing, found = set(missing), sum(key in known for key in keys)
-    logger.info("%s: log π_ref of %d rows found, %d to be worked out", directory, found, len(rows) - found)
-    if missing:
-        micros = [[[i for i in own if i in missing] for own in micro] for window in windows for micro in window]
-        windows = [[micro] for micro in micros if any(micro)]
-        loader = load_windows(rows, windows, world, run.collator, num_workers=run.args.dataloader_num_workers)
-        disable = run.args.disable_tqdm or world.rank > 0
-        batches = (batch for _, (batch,) in tqdm(loader, "Reference", total=len(windows), disable=disable))
-        with autocast(run.args, world):
-            own = precompute_ref_log_probs(run.reference, keys, batches, directory)
-        known |= dict(distributed.gather_lists(list(own.items()), world))
-    logps = [known[key] for key in keys]
-    several = "completions" if isinstance(rows[0]["rejected_input_ids"][0], list) else ""
-    rejected = [each[1:] if several else each[1] for each in logps]
-    kinds = pa.float32(), pa.list_(pa.float32()) if several else pa.float32()
-    for name, values, kind in zip(CACHED, ([each[0] for each in logps], rejected), kinds, strict=True):
-        rows = rows.add_column(name, pa.array(values, kind))
-    return rows
-
-
-def autocast(args: DPOConfig, world: World):
-    """Mixed precision for policy and reference alike, in training, evaluation and sampling."""
-    if not (args.bf16 or args.fp16):
-        return nullcontext()
-    return torch.autocast(world.device.type, dtype=torch.bfloat16 if args.bf16 else torch.float16)
-
-
-def adapter_config(model, peft_config, *, args: DPOConfig):
-    """The adapter to train: the caller's, that of the options, or None; checked against a model that is only named."""
-    if args.use_peft:
-        peft_config = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-        peft_config |= {"target_modules": args.lora_target_modules, "modules_to_save": args.lora_modules_to_save}
-        peft_config |= {"use_dora": args.use_dora, "use_rslora": args.use_rslora}
-        start = args.init_lora_weights
-        peft_config["init_lora_weights"] = {"true": True, "false": False}.get(start.lower(), start)
-    if peft_config is None or not isinstance(model, str):
-        return peft_config
-    hub = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
-    named = models.skeleton(model, **hub)
-    return peft_config if named is None else models.check_adapter(named, peft_config)
-
-
-def make_optimizers(run: Run, optimizers: tuple) -> tuple:
-    """(optimizer, learning-rate scheduler): the caller's, or those of the options."""
-    args, (optimizer, scheduler) = run.args, optimizers
-    if optimizer is None:
-        adam = {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-        rates = {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
-        optimizer = models.make_optimizer(run.model, name=args.optim, **rates, **adam)
-    taken = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if left := [name for name, p in run.model.named_parameters() if p.requires_grad and id(p) not in taken]:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        raise UserError(f"the optimizer has not {left[0]}{more}, which train: make it of the model's own parameters")
-    if scheduler is None:
-        warmup = args.warmup_steps or math.ceil(args.warmup_ratio * run.total_steps)
-        kwargs = dict(args.lr_scheduler_kwargs)
-        scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, run.total_steps, kwargs)
-        check_rates(scheduler, run.total_steps, args=args)
-    return optimizer, scheduler
-
-
-def check_rates(scheduler, total_steps: int, *, args: DPOConfig) -> None:
-    """Refuses a schedule that fails, or comes to no learning rate worth the name, in one of its steps."""
-    what = f"lr_scheduler_type {args.lr_scheduler_type} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
-    steps = {*range(min(total_steps, 1000)), total_steps - 1, total_steps}  # it moves on after the last one, too
-    try:
-        shares = [f(step) for f in scheduler.lr_lambdas for step in steps]
-    except Exception as error:
-        raise UserError(f"{what}: {first_line(error)} at one of the steps") from error
-    if not (all(isinstance(share, int | float) and math.isfinite(share) for share in shares) and max(shares) > 0):
-        raise UserError(f"{what}: no learning rate in {total_steps} steps: change the schedule, or train longer")
-    decay = args.lr_scheduler_kwargs.get("num_decay_steps", 0)
-    if decay + (args.warmup_steps or math.ceil(args.warmup_ratio * total_steps)) > total_steps:
-        raise UserError(f"{what}: warm-up and decay are longer than the {total_steps} steps of the run")
 
 
 def checkpointed(run: Run) -> dict:
@@ -680,21 +517,3 @@ def open_outputs(run: Run, trackers: dict, callbacks: list[Callable], resume: Pa
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * run.world.size
     logger.info("%d rows, %d steps of %d rows", len(run.train_rows), run.total_steps, pairs)
     logger.info("reference: %s; it takes %.1f MB beside the policy", run.reference.kind, run.reference.bytes() / 2**20)
-
-
-# ------------------------------------------------------------------------------------------ what options mean together
-
-
-def loss_names(args: DPOConfig) -> list[str]:
-    return [args.loss_type] if isinstance(args.loss_type, str) else args.loss_type
-
-
-def needs_reference(args: DPOConfig) -> bool:
-    return not args.reference_free and bool(set(loss_names(args)) & set(WITH_REFERENCE))
-
-
-def loss_options(args: DPOConfig, state: TrainingState) -> dict:
-    """The options that dpo_loss, or one of the chosen losses, has as parameters."""
-    wanted = set(inspect.signature(dpo_loss).parameters).union(*(PARAMETERS[name] for name in loss_names(args)))
-    options = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name in wanted}
-    return options | ({"bco_delta": state.bco_delta} if "bco_delta" in wanted else {})

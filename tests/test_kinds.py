@@ -127,7 +127,7 @@ class Counted:
             self.rows.append(len(done := original(*arguments)))
             return done
 
-        monkeypatch.setattr("dpo.prepare.precompute_ref_log_probs", count)
+        monkeypatch.setattr("dpo.build.precompute_ref_log_probs", count)
 
     def of(self, output_dir, **options) -> int:
         self.rows.clear()
