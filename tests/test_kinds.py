@@ -459,3 +459,33 @@ def test_a_collator_that_loses_the_reference_is_refused_at_once(tmp_path):
     with pytest.raises(UserError, match="the data_collator leaves out the column ref_chosen_logps"):
         start(tmp_path / "a", data_collator=own, **cached)
     start(tmp_path / "b", data_collator=COLLATOR, max_steps=1, **cached)
+
+
+@pytest.mark.slow
+def test_two_runs_at_once_on_one_cold_cache_end_as_one_alone(sft, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    command = [sys.executable, "-m", "dpo.loop", "--model_name_or_path", str(sft / "adapter"), "--dataset_name"]
+    command += ["rows.jsonl", "--precompute_ref_log_probs", "--logging_steps", "1", "--max_steps", "4", "--use_cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def launch(output: str, cache: str):
+        more = ["--ref_cache_dir", cache, "--output_dir", output]
+        return subprocess.Popen([*command, *more], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+
+    both = [launch("a", "shared"), launch("b", "shared")]
+    assert [each.wait(timeout=300) for each in both] == [0, 0]
+    assert launch("alone", "own").wait(timeout=300) == 0 and launch("warm", "shared").wait(timeout=300) == 0
+    left = [[(row["loss"], row["grad_norm"]) for row in read(tmp_path / name)] for name in ("alone", "a", "b", "warm")]
+    assert left[1:] == left[:1] * 3 and len(left[0]) == 4
+    assert not list((tmp_path / "shared").rglob("*.unfinished"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_references_of_quantised_models_are_their_start(bits, sft, tmp_path):
+    """bitsandbytes computes otherwise in eval mode: reference and policy must be in one."""
+    ways = kinds(sft, "adapter", tmp_path / "cache")
+    for kind in ("frozen adapter", "two names", "cached"):
+        rows = told(start(tmp_path / kind, rows=ROWS, **STEPS, **ways[kind], **{bits: True}))
+        assert rows[0][0] == pytest.approx(0.6931472, abs=1e-6) and rows[0][2:4] == pytest.approx((0, 0), abs=1e-6)
+        assert abs(rows[-1][2]) > 1e-3
