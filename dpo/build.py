@@ -29,6 +29,7 @@ from dpo.reference import (
     precompute_ref_log_probs,
     read_cache,
     row_key,
+    without_dropout,
 )
 from dpo.rows import first_line
 
@@ -105,7 +106,8 @@ def build_reference(policy, ref_model, columns: list[str], *, args: DPOConfig) -
     if ref_model is not None:
         if isinstance(ref_model, str):
             ref_model = models.load_model(ref_model, **{**how_to_load(args), **args.ref_model_init_kwargs})
-        return Reference(**common, ref_model=ref_model.eval().requires_grad_(False), kind="another model"), False
+        ref_model = without_dropout(ref_model).requires_grad_(False)
+        return Reference(**common, ref_model=ref_model, kind="another model"), False
     # An adapter keeps its own dropout, which shows wherever its B is not 0: as it is not in a reference.
     is_noisy = any("lora_dropout" in name and getattr(module, "p", 0) > 0 for name, module in policy.named_modules())
     if args.ref_adapter_name is not None:

@@ -37,7 +37,7 @@ from dpo.config import DPOConfig, UserError
 from dpo.data import fingerprint, largest_id, prepare_dataset
 from dpo.distributed import World
 from dpo.losses import OF_RANKINGS, OVER_THE_BATCH, PARAMETERS, takers
-from dpo.reference import CACHED, Reference, reference_digest
+from dpo.reference import CACHED, Reference, reference_digest, without_dropout
 from dpo.rows import first_line
 from dpo.sources import load_preferences
 
@@ -409,10 +409,7 @@ def precompute_reference(run: Run) -> None:
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "of the weights"
     precision += f", {torch.get_float32_matmul_precision()}"  # tf32
     directory = Path(args.ref_cache_dir or Path(HF_HOME) / "dpo") / reference_digest(reference, precision=precision)
-    run.model.train(getattr(run.model, "is_quantized", False))  # whose kernel is another one in eval mode
-    for module in run.model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.eval()
+    without_dropout(run.model)
     size, plan = (
         args.precompute_ref_batch_size,
         {"world_size": run.world.size, "shuffle": False, "group_by_length": True},

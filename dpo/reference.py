@@ -146,17 +146,23 @@ def adapter_starts_at_zero(policy: torch.nn.Module) -> bool:
     )
 
 
+def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
+    """The model in eval mode; a quantised one in training mode, where bitsandbytes takes the kernels that the policy
+    trains with (in 8 bits others are not quite equal), and its dropout alone in eval mode."""
+    model.train(bool(getattr(model, "is_quantized", False)))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.eval()
+    return model
+
+
 @contextmanager
 def null_ref_context(policy: torch.nn.Module, ref_adapter_name: str | None = None):
     """Inside, a PEFT policy is its own reference: with its adapter ref_adapter_name, or with none and the original of
     each module that trains beside it (modules_to_save); without dropout. Costs no memory for a second model."""
     was_training, active = policy.training, policy.active_adapter
     trained = {id(parameter) for parameter in policy.parameters() if parameter.requires_grad}
-    noisy = [module for module in policy.modules() if isinstance(module, torch.nn.Dropout) and module.training]
-    if not getattr(policy, "is_quantized", False):  # bitsandbytes takes another kernel in eval mode: not quite equal
-        policy.eval()
-    for module in noisy:
-        module.eval()
+    without_dropout(policy)
     try:
         if ref_adapter_name is None:
             with policy.disable_adapter():

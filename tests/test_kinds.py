@@ -485,7 +485,7 @@ def test_two_runs_at_once_on_one_cold_cache_end_as_one_alone(sft, tmp_path):
 def test_references_of_quantised_models_are_their_start(bits, sft, tmp_path):
     """bitsandbytes computes otherwise in eval mode: reference and policy must be in one."""
     ways = kinds(sft, "adapter", tmp_path / "cache")
-    for kind in ("frozen adapter", "two names", "cached"):
+    for kind in ("frozen adapter", "two names", "two instances", "cached"):
         rows = told(start(tmp_path / kind, rows=ROWS, **STEPS, **ways[kind], **{bits: True}))
         assert rows[0][0] == pytest.approx(0.6931472, abs=1e-6) and rows[0][2:4] == pytest.approx((0, 0), abs=1e-6)
         assert abs(rows[-1][2]) > 1e-3
