@@ -69,6 +69,7 @@ def config(name: str):
         "samples": lambda run: (run.output_dir / "samples.jsonl").read_text(),
         "config": lambda run: (run.output_dir / "config.yaml").read_text().count("\n"),
         "best": lambda run: run.state.best,
+        "double": lambda run: run.model.config.quantization_config.bnb_4bit_use_double_quant,
     }[name]
 
 
@@ -91,7 +92,7 @@ CHANGES = {
     "load_in_4bit": (LORA, True, losses),
     "load_in_8bit": (LORA, True, losses),
     "bnb_4bit_quant_type": ({**LORA, "load_in_4bit": True}, "fp4", losses),
-    "use_bnb_nested_quant": ({**LORA, "load_in_4bit": True}, True, lambda run: run.model.config.quantization_config),
+    "use_bnb_nested_quant": ({**LORA, "load_in_4bit": True}, True, config("double")),
     "use_dora": (LORA, True, trained),
     "use_rslora": (LORA, True, losses),
     "init_lora_weights": (LORA, "gaussian", losses),
