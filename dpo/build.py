@@ -59,6 +59,8 @@ def build_policy(model, peft_config, *, args: DPOConfig) -> torch.nn.Module:
         model = models.load_model(model, adapter_name=name, **kwargs)
         if ref_name is not None:
             frozen_adapter(model, ref_name)
+    elif broken := models.not_finite(model):
+        raise UserError(f"the model is broken: the weights of {broken} are not all finite")
     if args.disable_dropout:
         models.disable_dropout(model)
     if peft_config is not None:
@@ -153,7 +155,7 @@ def with_reference(
             own = precompute_ref_log_probs(reference, keys, batches, directory)
         known |= dict(distributed.gather_lists(list(own.items()), world))
     logps = [known[key] for key in keys]
-    several = "completions" if isinstance(rows[0]["rejected_input_ids"][0], list) else ""
+    several = isinstance(rows[0]["rejected_input_ids"][0], list)
     rejected = [each[1:] if several else each[1] for each in logps]
     kinds = pa.float32(), pa.list_(pa.float32()) if several else pa.float32()
     for name, values, kind in zip(CACHED, ([each[0] for each in logps], rejected), kinds, strict=True):
@@ -176,7 +178,7 @@ def make_optimizers(model: torch.nn.Module, optimizers: tuple, total_steps: int,
         warmup = args.warmup_steps or math.ceil(args.warmup_ratio * total_steps)
         kwargs = dict(args.lr_scheduler_kwargs)
         scheduler = get_scheduler(args.lr_scheduler_type, optimizer, warmup, total_steps, kwargs)
-        check_rates(scheduler, total_steps, args=args)
+        check_rates(scheduler, warmup, total_steps, args=args)
     return optimizer, scheduler
 
 
@@ -186,13 +188,16 @@ def check_schedule(args: DPOConfig) -> None:
     try:
         get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, dict(args.lr_scheduler_kwargs)).get_last_lr()
     except Exception as error:
-        what = f"lr_scheduler_type {args.lr_scheduler_type} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
-        raise UserError(f"{what}: {first_line(error)}") from error
+        raise UserError(f"{schedule_in_words(args)}: {first_line(error)}") from error
 
 
-def check_rates(scheduler, total_steps: int, *, args: DPOConfig) -> None:
+def schedule_in_words(args: DPOConfig) -> str:
+    return f"lr_scheduler_type {args.lr_scheduler_type} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
+
+
+def check_rates(scheduler, warmup: int, total_steps: int, *, args: DPOConfig) -> None:
     """Refuses a schedule that fails, or comes to no learning rate worth the name, in one of its steps."""
-    what = f"lr_scheduler_type {args.lr_scheduler_type} with lr_scheduler_kwargs {args.lr_scheduler_kwargs}"
+    what = schedule_in_words(args)
     steps = {*range(min(total_steps, 1000)), total_steps - 1, total_steps}  # it moves on after the last one, too
     try:
         shares = [f(step) for f in scheduler.lr_lambdas for step in steps]
@@ -200,8 +205,7 @@ def check_rates(scheduler, total_steps: int, *, args: DPOConfig) -> None:
         raise UserError(f"{what}: {first_line(error)} at one of the steps") from error
     if not (all(isinstance(share, int | float) and math.isfinite(share) for share in shares) and max(shares) > 0):
         raise UserError(f"{what}: no learning rate in {total_steps} steps: change the schedule, or train longer")
-    decay = args.lr_scheduler_kwargs.get("num_decay_steps", 0)
-    if decay + (args.warmup_steps or math.ceil(args.warmup_ratio * total_steps)) > total_steps:
+    if warmup + args.lr_scheduler_kwargs.get("num_decay_steps", 0) > total_steps:
         raise UserError(f"{what}: warm-up and decay are longer than the {total_steps} steps of the run")
 
 

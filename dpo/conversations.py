@@ -16,10 +16,8 @@ from dpo.rows import NothingToLearn, column_of, first_line
 
 NO_VARIABLES = ("conversation", "messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message")
 # Keys of a message beside its content that say something, too.
-SAID = (
-    "reasoning_content reasoning thinking thought thoughts reasoning_details thinking_blocks images image audio video"
-)
-SAID = SAID.split()
+SAID = """reasoning_content reasoning thinking thought thoughts reasoning_details thinking_blocks images image audio
+video""".split()
 
 
 def split_prompt(prompt: str | list[dict] | None, completions: list) -> tuple[str | list[dict], list]:
@@ -101,8 +99,9 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
     """
     prompt, completions = split_prompt(row["prompt"], row["completions"])
     if isinstance(completions[0], str):
-        for what, value in (("column 'tools'", row["tools"]), ("chat_template_kwargs", chat_template_kwargs)):
-            if value or (what == "chat_template_kwargs" and row["chat_template_kwargs"]):
+        kwargs = chat_template_kwargs or row["chat_template_kwargs"]
+        for what, value in (("column 'tools'", row["tools"]), ("chat_template_kwargs", kwargs)):
+            if value:
                 raise ValueError(f"{what}: it is for a chat template, the row is text: leave it out, or write messages")
         for rank, text in enumerate(completions):
             _check_no_turns_within(text, column_of(row, rank), turn_tokens(processing_class))

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from dpo.conversations import render_row
+from dpo.conversations import render_row, tokenizer_of
 from dpo.rows import NothingToLearn, canonical_row, column_of, is_several
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def tokenize_row(
     encoder-decoder models want it; prepend_bos, put BOS before a prompt that does not begin with it; the limits as in
     `truncate_row`.
     """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = tokenizer_of(processing_class)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     prompt = _prompt_ids(features["prompt"], tokenizer, prepend_bos=add_special_tokens or prepend_bos)
     if add_special_tokens and eos is not None:
@@ -186,7 +186,7 @@ def prepare_dataset(
     options = {"processing_class": processing_class, "numbers": numbers, "limits": limits, "ranked": ranked}
     options |= {"read_scores": read_scores, "allow_ties": allow_ties, "version": ROWS_VERSION}
     options |= {"chat_template_kwargs": chat_template_kwargs}
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = tokenizer_of(processing_class)
     bos = tokenizer.bos_token_id
     options["prepend_bos"] = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
     features = {column: List(Value("int64")) for column in IDS} | dict.fromkeys(FLAGS, Value("bool"))
@@ -264,7 +264,7 @@ def _check_columns(name: str, rows: Dataset) -> None:
 
 
 def _has_numbers(rows: Dataset, column: str) -> bool:
-    """Whether a column has numbers to read, as numbers or (as in a CSV file) as text: whether the first values have."""
+    """Whether a column has numbers to read, as numbers or (as in a CSV file) as text."""
     if column not in rows.column_names:
         return False
     values = [value for value in rows.with_format(None)[column] if value is not None]
@@ -322,7 +322,7 @@ def _row_to_ids(
 
     Raises: ValueError that names what is wrong with the row.
     """
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = tokenizer_of(processing_class)
     text = render_row(row, processing_class, chat_template_kwargs)
     _check_texts(row, text, allow_ties=allow_ties)
     prompt = _prompt_ids(text["prompt"], tokenizer, prepend_bos=prepend_bos and not text["templated"])

@@ -26,6 +26,7 @@ from dpo.build import autocast, how_to_load, loss_names, loss_options
 from dpo.checkpoint import TrainingState
 from dpo.collate import padded_batch
 from dpo.config import DPOConfig, UserError, parse_args
+from dpo.conversations import tokenizer_of
 from dpo.distributed import World, gather_pairs, synchronize_gradients
 from dpo.logprobs import concatenated_forward
 from dpo.losses import OVER_THE_BATCH, dpo_loss
@@ -299,7 +300,7 @@ def evaluate_sets(run: Run, *, is_saved: bool = False) -> None:
     if args.generate_during_eval:
         eval_rows = next(iter(run.eval_sets.values()))
         eval_rows = eval_rows.select(range(min(args.num_samples, len(eval_rows))))
-        tokenizer = getattr(run.processing_class, "tokenizer", run.processing_class)
+        tokenizer = tokenizer_of(run.processing_class)
         options = {"reference": run.reference, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
         options |= {"batch_size": args.per_device_eval_batch_size, "file": run.output_dir / "samples.jsonl"}
         with autocast(args, run.world):

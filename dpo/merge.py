@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bnb_4bit_quant_type", default="nf4", choices=["nf4", "fp4"], help="as in the training")
     parser.add_argument("--use_bnb_nested_quant", action="store_true", help="as in the training")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code that comes with the model")
-    args, output_dir = parser.parse_args(argv), Path(parser.parse_args(argv).output_dir)
+    args = parser.parse_args(argv)
+    output_dir = Path(args.output_dir)
     try:
         if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
             raise ValueError(f"{output_dir} is there already: name another directory")

@@ -253,8 +253,6 @@ def check_trainable(model: torch.nn.Module, *, fp16: bool) -> None:
         raise ValueError(f"a {type(model).__name__} has no save_pretrained, it could not be saved: pass what it wraps")
     if not trained:
         raise ValueError("the model has no parameter that trains: load its adapter with is_trainable=True")
-    if broken := not_finite(model):
-        raise ValueError(f"the model is broken: the weights of {broken} are not all finite")
     if isinstance(model, PeftModel) and getattr(model.peft_config[model.active_adapter], "lora_alpha", 1) == 0:
         raise ValueError("lora_alpha of the model's adapter is 0: it would change nothing")
     if getattr(model, "is_quantized", False) and not isinstance(model, PeftModel):

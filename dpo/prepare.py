@@ -34,6 +34,7 @@ from dpo.build import (
 from dpo.checkpoint import TrainingState
 from dpo.collate import NUMBERS, DataCollatorForPreference
 from dpo.config import DPOConfig, UserError
+from dpo.conversations import tokenizer_of
 from dpo.data import fingerprint, largest_id, prepare_dataset
 from dpo.distributed import World
 from dpo.losses import OF_RANKINGS, OVER_THE_BATCH, PARAMETERS, takers
@@ -225,11 +226,11 @@ def check_arguments(
     args: DPOConfig,
 ) -> None:
     """Refuses arguments of `train` that contradict each other, before anything is loaded."""
+    if model is None:
+        raise UserError("there is no model: set model_name_or_path")
     check_kinds(model, ref_model, peft_config, optimizers, data_collator, callbacks, compute_metrics)
     if compute_metrics is not None and args.eval_strategy == "no":
         raise UserError("compute_metrics does nothing without an eval_strategy: set it to steps or epoch")
-    if model is None:
-        raise UserError("there is no model: set model_name_or_path")
     if not tokenizer_source:
         raise UserError("a model that was not loaded from a name or path needs a processing_class, its tokenizer")
     objects = {"model": not isinstance(model, str), "peft_config": peft_config is not None}
@@ -241,10 +242,10 @@ def check_arguments(
         for option in options.split():
             if objects[name] and getattr(args, option) != getattr(default, option):
                 raise UserError(f"{option} does nothing beside {name}, which train was given: leave one of them out")
-    is_adapter = peft_config is not None or args.use_peft or (isinstance(model, str) and models.adapter_base(model))
-    for option in ("load_in_4bit", "load_in_8bit", "merge_adapter", "ref_adapter_name"):
-        if getattr(args, option) and not is_adapter and isinstance(model, str):
-            raise UserError(f"{option} needs an adapter, and {model} is none: add use_peft, or leave it out")
+    need_it = [o for o in ("load_in_4bit", "load_in_8bit", "merge_adapter", "ref_adapter_name") if getattr(args, o)]
+    is_new = peft_config is not None or args.use_peft
+    if need_it and isinstance(model, str) and not is_new and models.adapter_base(model, args.model_revision) is None:
+        raise UserError(f"{need_it[0]} needs an adapter, and {model} is none: add use_peft, or leave it out")
     if args.sync_ref_model and ref_model is not None:
         raise UserError("sync_ref_model moves the policy's own start: leave out ref_model")
     if args.merge_adapter and not isinstance(model, str):
@@ -375,7 +376,7 @@ def prepare_rows(run: Run, source, split: str, subset: str | None) -> datasets.D
 
 def make_collator(processing_class, *, args: DPOConfig) -> DataCollatorForPreference:
     """The collator of the layout asked for; auto is padded, which is exact for every model."""
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = tokenizer_of(processing_class)
     padding_value = args.padding_value if args.padding_value is not None else tokenizer.pad_token_id or 0
     return DataCollatorForPreference(padding_value, layout="padded" if args.layout == "auto" else args.layout)
 
@@ -410,20 +411,19 @@ def precompute_reference(run: Run) -> None:
     precision += f", {torch.get_float32_matmul_precision()}"  # tf32
     directory = Path(args.ref_cache_dir or Path(HF_HOME) / "dpo") / reference_digest(reference, precision=precision)
     without_dropout(run.model)
-    size, plan = (
-        args.precompute_ref_batch_size,
-        {"world_size": run.world.size, "shuffle": False, "group_by_length": True},
-    )
-    # Without a size of its own it takes the first epoch's batches, and comes to what training would, to the bit.
-    windows = plan_epoch(run, drop_last=False)
-    if size is not None:
+    columns = dict.fromkeys(CACHED, 0.0)
+    if missing := columns.keys() - run.collator([run.train_rows[0] | columns]).keys():
+        raise UserError(f"the data_collator leaves out the column {min(missing)}: it must hand it on to the batch")
+    size = args.precompute_ref_batch_size
+    plan = {"world_size": run.world.size, "shuffle": False, "group_by_length": True}
+    if size is None:  # the first epoch's batches: it comes to what training would, to the bit
+        windows = plan_epoch(run, drop_last=False)
+    else:
         windows = epoch_windows(run.train_rows["length"][:], batch_size=size, **plan)
     run.train_rows = with_reference(run.train_rows, windows, directory, *common, args=args)
     for name, rows in run.eval_sets.items():
         windows = epoch_windows(rows["length"][:], batch_size=size or args.per_device_eval_batch_size, **plan)
         run.eval_sets[name] = with_reference(rows, windows, directory, *common, args=args)
-    if missing := [name for name in CACHED if name not in run.collator([run.train_rows[0]])]:
-        raise UserError(f"the data_collator leaves out the column {missing[0]}: it must hand it on to the batch")
     if reference.ref_model not in (None, run.model) and run.world.device.type != "cpu":
         reference.ref_model.to("cpu")  # the caller may hold it
     kind, digest = f"{reference.kind}, cached", directory.name

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCardData
 from matplotlib.figure import Figure
 
 from dpo.collate import completions_of
+from dpo.conversations import tokenizer_of
 from dpo.files import write_whole
 from dpo.rows import first_line
 
@@ -107,7 +108,7 @@ def read_rows(path: Path, *, up_to_step: int) -> list[dict]:
 def show_rows(rows, processing_class, count: int) -> None:
     """Prints the first rows as they will be trained, at least one: prompt and completions decoded, the tokens that the
     loss sees between ⟦ and ⟧."""
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    tokenizer = tokenizer_of(processing_class)
     for row in rows.select(range(min(max(count, 1), len(rows)))):
         scored = row.get("scored")
         lines = [f"{row['source']}, as it will be trained (the loss sees what is between ⟦ and ⟧):"]

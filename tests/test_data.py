@@ -13,7 +13,7 @@ import datasets
 import huggingface_hub
 import pytest
 from conftest import CHATML, make_rows, make_tokenizer
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Image
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -1081,6 +1081,22 @@ def test_a_file_in_another_encoding_nested_without_end_or_cut_is_named(name, tmp
     content, expected = UNREADABLE[name]
     (tmp_path / name).write_bytes(content)
     assert f"{name}" in (message := refusal(tmp_path / name)) and expected in message
+
+
+def test_what_a_source_holds_beside_its_rows_is_not_passed_over(tmp_path):
+    pictured = Dataset.from_list([PAIR]).add_column("picture", [None]).cast_column("picture", Image())
+    assert "column 'picture': this version trains on text alone" in refusal(pictured)
+    assert "row 1: the key 1 is no text" in refusal([{**PAIR, 1: "a"}])
+    (tmp_path / "two.csv").write_text("prompt,chosen,chosen,rejected\nsky?,a,b,c\n")
+    assert "two.csv, line 1: two columns are called 'chosen'" in refusal(tmp_path / "two.csv")
+    folder = tmp_path / "folder"
+    (folder / ".cache").mkdir(parents=True)
+    write_jsonl(folder / "a.jsonl", [PAIR])
+    (folder / "dataset_infos.json").write_text("{}")
+    (folder / ".cache" / "b.csv").write_text("a")
+    assert rows_of(folder) == [PAIR]
+    (folder / "b.csv").write_text("prompt,chosen,rejected\nsky?,a,b\n")
+    assert "holds .csv files, too: name the one file to read" in refusal(folder)
 
 
 def test_the_index_that_pandas_writes_is_no_part_of_a_row(tmp_path):
