@@ -96,6 +96,7 @@ def test_a_fresh_adapter_switched_off_is_its_base(sft, tmp_path):
     assert runs[0].rows[0]["rewards/chosen"] == 0 != runs[0].rows[-1]["rewards/chosen"]
 
 
+@pytest.mark.slow
 def test_cached_equals_online_in_all_models_and_the_policy_is_never_copied(tmp_path, monkeypatch):
     cached = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")}
     for loss, rows in (("sigmoid", ROWS), (["plackett_luce"], make_rankings(24)), ("ipo", ROWS)):
@@ -135,6 +136,7 @@ class Counted:
         return sum(self.rows)
 
 
+@pytest.mark.slow
 def test_a_cache_serves_every_run_with_the_same_reference_and_no_other(sft, tmp_path, monkeypatch):
     count, base, cache = Counted(monkeypatch), str(sft / "base"), {"ref_cache_dir": str(tmp_path / "cache")}
     names = iter(range(100))

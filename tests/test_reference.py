@@ -1,13 +1,22 @@
 """The reference: what a frozen copy and a switched-off adapter must be, and when the latter will not do."""
 
+import copy
+
 import pytest
 import torch
 from conftest import make_model
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, get_peft_model
 
 from dpo.collate import DataCollatorForPreference
 from dpo.logprobs import concatenated_forward
-from dpo.reference import Reference, adapter_starts_at_zero, compute_ref_log_probs, frozen_copy, null_ref_context
+from dpo.reference import (
+    Reference,
+    adapter_starts_at_zero,
+    compute_ref_log_probs,
+    frozen_adapter,
+    frozen_copy,
+    null_ref_context,
+)
 
 BATCH = DataCollatorForPreference(pad_token_id=0)(
     [{"prompt_input_ids": [5, 6, 7], "chosen_input_ids": [9, 10], "rejected_input_ids": [11, 12, 13]}]
@@ -105,3 +114,24 @@ def test_an_adapter_trained_before_is_copied_with_its_base_shared():
     copied = [p for p in reference.parameters() if p.data_ptr() not in policies]
     assert sum(p.numel() for p in copied) == sum(p.numel() for p in policy.parameters() if p.requires_grad)
     assert all(p.requires_grad == ("lora_" in name) for name, p in policy.named_parameters())
+
+
+OTHERS = {
+    "adalora": AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_r=4, target_r=2, total_step=100),
+    "ia3": IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[]),
+    "loha": LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4),
+    "dora": LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, use_dora=True),
+    "pissa": LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, init_lora_weights="pissa"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_an_adapter_of_any_make_stays_where_it_started_beside_the_one_that_trains(kind):
+    policy = get_peft_model(make_model(), copy.deepcopy(OTHERS[kind]))
+    shift(policy)  # the adapter's life before DPO
+    before, trained = score(policy), {name for name, p in policy.named_parameters() if p.requires_grad}
+    name = frozen_adapter(policy)
+    assert score(policy) == before and {n for n, p in policy.named_parameters() if p.requires_grad} == trained
+    shift(policy)
+    assert compute_ref_log_probs(BATCH, policy=policy, ref_adapter_name=name)[0].item() == before != score(policy)
+    assert {n for n, p in policy.named_parameters() if p.requires_grad} == trained

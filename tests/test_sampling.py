@@ -54,6 +54,7 @@ def test_answers_come_from_the_whole_vocabulary(tmp_path):
     assert {letter for sample in found for letter in sample["policy"]} == set(letters)
 
 
+@pytest.mark.slow
 def test_answers_are_drawn_as_often_as_the_model_has_them(tmp_path):
     found = samples(tmp_path, speaker("blue", "green", fall=1.0), max_new_tokens=200)
     said = "".join(sample["policy"] for sample in found).split()

@@ -73,6 +73,7 @@ def test_the_loop_in_forty_lines_has_not_more():
     assert lines.index("policy.train()") < len(lines) and len(lines) <= 40
 
 
+@pytest.mark.slow
 def test_drawing_every_loss(tmp_path):
     printed = script("07_losses", cwd=tmp_path)
     assert printed.count("at h = 0") >= 22 and "nan" not in printed
