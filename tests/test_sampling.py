@@ -5,6 +5,7 @@ import math
 import string
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import make_model, make_rows, make_tokenizer, start
 
