@@ -6,7 +6,6 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from dpo.collate import padded_batch
 from dpo.distributed import World, ignore_signals
 
 
@@ -57,9 +56,9 @@ def load_windows(
 ) -> Iterator[tuple[int, list[dict]]]:
     """For each window its number of rows, over all ranks, and this rank's micro-batches, on its device.
 
-    A batch is as the collator makes it in the loader's worker (or made ready here, where a collator of the caller's
-    gives the plain layout), and has `index`, each row's position in the dataset. A rank without a row computes row 0,
-    with the index −1, and does not count it: every rank runs the same number of forward passes, or the others wait.
+    A batch is as the collator makes it in the loader's worker, and has `index`, each row's position in the dataset. A
+    rank without a row computes row 0, with the index −1, and does not count it: every rank runs the same number of
+    forward passes, or the others wait.
     """
     loader = DataLoader(
         rows,
@@ -75,11 +74,14 @@ def load_windows(
     for window in windows:
         micro_batches = []
         for micro, batch in zip(window, batches, strict=False):
-            batch = batch if "inputs" in batch else padded_batch(batch)
-            batch["index"], inputs = torch.tensor(micro[world.rank] or [-1]), batch.pop("inputs")
-            batch, inputs = (
-                {key: value.to(world.device, non_blocking=True) for key, value in some.items()}
-                for some in (batch, inputs)
-            )
-            micro_batches.append({"inputs": inputs, **batch})
+            batch["index"] = torch.tensor(micro[world.rank] or [-1])
+            micro_batches.append(moved(batch, world.device))
         yield sum(len(numbers) for micro in window for numbers in micro), micro_batches
+
+
+def moved(batch: dict, device: torch.device) -> dict:
+    """A batch, and what it holds for the model, on a device."""
+    return {
+        key: moved(value, device) if isinstance(value, dict) else value.to(device, non_blocking=True)
+        for key, value in batch.items()
+    }

@@ -5,6 +5,7 @@ import inspect
 import logging
 import math
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -17,7 +18,10 @@ from transformers import get_scheduler
 from dpo import distributed, models
 from dpo.batches import load_windows
 from dpo.checkpoint import TrainingState
+from dpo.collate import DataCollatorForPreference
 from dpo.config import DPOConfig, UserError
+from dpo.conversations import sees, tokenizer_of
+from dpo.data import read_images
 from dpo.distributed import World
 from dpo.losses import PARAMETERS, WITH_REFERENCE, dpo_loss
 from dpo.reference import (
@@ -59,8 +63,12 @@ def build_policy(model, peft_config, *, args: DPOConfig) -> torch.nn.Module:
         model = models.load_model(model, adapter_name=name, **kwargs)
         if ref_name is not None:
             frozen_adapter(model, ref_name)
-    elif broken := models.not_finite(model):
+    elif broken := models.not_finite(models.keep_differentiable(model)):
         raise UserError(f"the model is broken: the weights of {broken} are not all finite")
+    if args.output_router_logits or args.router_aux_loss_coef is not None:
+        router = {"output_router_logits": args.output_router_logits, "router_aux_loss_coef": args.router_aux_loss_coef}
+        models.set_router(model, **router)
+    models.freeze_what_is_not_saved(model)
     if args.disable_dropout:
         models.disable_dropout(model)
     if peft_config is not None:
@@ -79,6 +87,31 @@ def how_to_load(args: DPOConfig) -> dict:
     bits = models.quantization(**bits, quant_type=args.bnb_4bit_quant_type, nested=args.use_bnb_nested_quant)
     own = {"dtype": args.dtype, "attn_implementation": args.attn_implementation}
     return {**own, "trust_remote_code": args.trust_remote_code, **bits}
+
+
+def reads_apart(model, *, args: DPOConfig) -> bool:
+    """Whether a model, or the one of a name, is an encoder-decoder: prompt and completion go into its two halves."""
+    config = getattr(model, "config", None)
+    if isinstance(model, str):
+        hub = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
+        config = models.read_config(model, **hub)
+    own = getattr(config, "is_encoder_decoder", None)
+    if own is not None and args.is_encoder_decoder not in (None, own):
+        raise UserError(f"is_encoder_decoder is {args.is_encoder_decoder}, the model's configuration says {own}")
+    return bool(own or args.is_encoder_decoder)
+
+
+def make_collator(processing_class, model, *, args: DPOConfig) -> DataCollatorForPreference:
+    """The collator of the layout asked for; auto is padded, which is exact for every model."""
+    tokenizer, start = tokenizer_of(processing_class), None
+    padding_value = args.padding_value if args.padding_value is not None else tokenizer.pad_token_id or 0
+    if reads_apart(model, args=args):
+        start = models.decoder_start_ids(model)
+    elif args.label_pad_token_id != DPOConfig.label_pad_token_id:
+        raise UserError("label_pad_token_id does nothing without an encoder-decoder: leave it out")
+    read = partial(read_images, processing_class=processing_class) if sees(processing_class) else None
+    layout = "padded" if args.layout == "auto" else args.layout
+    return DataCollatorForPreference(padding_value, layout, read, start, args.label_pad_token_id)
 
 
 def compile_models(model, ref_model, *, args: DPOConfig) -> None:
@@ -108,7 +141,7 @@ def build_reference(policy, ref_model, columns: list[str], *, args: DPOConfig) -
     if ref_model is not None:
         if isinstance(ref_model, str):
             ref_model = models.load_model(ref_model, **{**how_to_load(args), **args.ref_model_init_kwargs})
-        ref_model = without_dropout(ref_model).requires_grad_(False)
+        ref_model = without_dropout(models.keep_differentiable(ref_model)).requires_grad_(False)
         return Reference(**common, ref_model=ref_model, kind="another model"), False
     # An adapter keeps its own dropout, which shows wherever its B is not 0: as it is not in a reference.
     is_noisy = any("lora_dropout" in name and getattr(module, "p", 0) > 0 for name, module in policy.named_modules())
@@ -139,7 +172,8 @@ def with_reference(
 ) -> datasets.Dataset:
     """Rows with the columns ref_chosen_logps and ref_rejected_logps, of the cache in directory and what it lacked,
     worked out in the batches of windows."""
-    keys = [row_key(row) for row in rows]
+    told = [name for name in rows.column_names if name.endswith("_input_ids") or name in ("scored", "pictures")]
+    keys = [row_key(row) for row in rows.select_columns(told)]  # no picture is opened
     known = distributed.by_first(lambda: read_cache(directory, keys), world)
     missing = {key: number for number, key in enumerate(keys) if key not in known}.values()
     missing, found = set(missing), sum(key in known for key in keys)

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     name, trust = args.model_name_or_path, {"trust_remote_code": args.trust_remote_code}
     try:
         model = models.load_model(name, dtype=args.dtype, **trust).eval()
-        tokenizer = models.load_tokenizer(name, **trust)
+        tokenizer = models.load_processor(name, **trust)
     except ValueError as error:
         sys.exit(f"error: {error}")
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,6 +4,7 @@ B pairs give 2B sequences, the B chosen ones first; B rankings of K completions 
 the second best. T is the padded length of prompt + completion.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,10 @@ class DataCollatorForPreference:
     """B tokenised pairs to a batch of tensors.
 
     Args: pad_token_id, any id (masks, not ids, tell what is padding); layout, "plain" (prompts padded on the left,
-    completions on the right, as in TRL's documentation) or "padded", ready for the model (see `padded_batch`).
+    completions on the right, as in TRL's documentation) or "padded", ready for the model (see `padded_batch`);
+    read_images, gives of a row with images what the model reads of them, by its names; decoder_start_ids, of an
+    encoder-decoder, what its decoder begins with: the padded layout is then that of `encoder_decoder_batch`, with
+    label_pad_token_id.
 
     >>> rows = [{"prompt_input_ids": [7, 8], "chosen_input_ids": [9], "rejected_input_ids": [11, 12]}]
     >>> DataCollatorForPreference(pad_token_id=0)(rows)["rejected_input_ids"]
@@ -28,6 +32,9 @@ class DataCollatorForPreference:
 
     pad_token_id: int
     layout: str = "plain"
+    read_images: Callable[[dict], dict] | None = None
+    decoder_start_ids: list[int] | None = None
+    label_pad_token_id: int = -100
 
     def __post_init__(self):
         if self.layout not in LAYOUTS:
@@ -38,8 +45,11 @@ class DataCollatorForPreference:
         int64 tensors, each with its X_attention_mask of zeros and ones. Where a row's rejected_input_ids are several
         lists, rejected is (B, K−1, R), all padding where a row has fewer. The rows' numbers come with them where there
         are any: margins and weights (B,) float32, scores (B, K), ref_chosen_logps and ref_rejected_logps; and scored,
-        (K·B, width) bool, chosen first, where a row says which of its completions' tokens are. Other keys of a row are
-        ignored."""
+        (K·B, width) bool, chosen first, where a row says which of its completions' tokens are. What is a tensor in a
+        row belongs to its prompt (pixel_values and the like, as `data.process_row` gives it) and comes as prompt_X (see
+        `joined_tensors`). Other keys of a row are ignored."""
+        if self.read_images is not None:
+            features = [row | self.read_images(row) if row.get("images") else row for row in features]
         batch = {}
         for part in ("prompt", "chosen", "rejected"):
             rows = [row[f"{part}_input_ids"] for row in features]
@@ -52,6 +62,7 @@ class DataCollatorForPreference:
             padded["attention_mask"] = pad([torch.ones_like(row) for row in rows], 0, left=part == "prompt")
             for key, value in padded.items():
                 batch[f"{part}_{key}"] = value.unflatten(0, (len(features), most)) if several else value
+        batch |= joined_tensors(features, width=batch["prompt_input_ids"].shape[1])
         if any(row.get("scored") for row in features):  # else all of each completion is
             masks = [row["scored"] or [[True] * len(ids) for ids in completions_of(row)] for row in features]
             most = max(map(len, masks))
@@ -61,7 +72,11 @@ class DataCollatorForPreference:
             if column in features[0]:
                 values = [torch.tensor(row[column], dtype=torch.float32) for row in features]
                 batch[name] = pad(values, 0) if values[0].ndim else torch.stack(values)
-        return batch if self.layout == "plain" else padded_batch(batch, self.pad_token_id)
+        if self.layout == "plain":
+            return batch
+        if self.decoder_start_ids is not None:
+            return encoder_decoder_batch(batch, self.decoder_start_ids, self.pad_token_id, self.label_pad_token_id)
+        return padded_batch(batch, self.pad_token_id)
 
 
 def completions_of(row: dict) -> list[list[int]]:
@@ -77,12 +92,46 @@ def pad(rows: list[torch.Tensor], value: int, *, left: bool = False) -> torch.Te
     return torch.stack([F.pad(row, side, value=value) for row, side in zip(rows, sides, strict=True)])
 
 
+def joined_tensors(features: list[dict], *, width: int) -> dict[str, torch.Tensor]:
+    """The tensors of rows as {prompt_X: one tensor of the batch}, whatever X is.
+
+    Of a prompt's tokens, integers of shape (1, P, ...), as token_type_ids: (B, width, ...), zeros on the left, and
+    where a row has none. Of its pictures, (any number, ...): one after the other along the first dimension, which
+    counts pictures, or patches, or rows; in the others the smaller are filled up with zeros, as processors do it.
+    """
+    joined = {}
+    for name in dict.fromkeys(key for row in features for key, value in row.items() if isinstance(value, torch.Tensor)):
+        own = [(row.get(name), len(row["prompt_input_ids"])) for row in features]
+        value, tokens = next((value, tokens) for value, tokens in own if value is not None)
+        if is_of_tokens(value, torch.Size((1, tokens))):
+            none = value[:, :0]
+            rows = [(none if each is None else each).flip(1) for each, _ in own]  # so that zeros come on the left
+            joined[f"prompt_{name}"] = join(rows, least=width).flip(1)
+        else:
+            joined[f"prompt_{name}"] = join([each for each, _ in own if each is not None])
+    return joined
+
+
+def join(tensors: list[torch.Tensor], *, least: int = 0) -> torch.Tensor:
+    """Tensors one after the other along their first dimension, in the others zeros at the end of the smaller ones; the
+    second dimension has at least so many."""
+    shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    shape[:1] = [max(least, *shape[:1])] if shape and least else shape[:1]
+
+    def filled(tensor: torch.Tensor) -> torch.Tensor:
+        missing = [(0, size - own) for size, own in zip(shape, tensor.shape[1:], strict=True)]
+        return F.pad(tensor, [number for sides in reversed(missing) for number in sides])
+
+    return torch.cat([filled(tensor) for tensor in tensors])
+
+
 def concatenated_inputs(batch: dict[str, torch.Tensor], padding_value: int) -> dict[str, torch.Tensor]:
     """Stacks chosen over rejected, so that one forward pass takes both (one pass is what DDP and FSDP want, too).
 
     Returns prompt_input_ids and prompt_attention_mask (2B, P), completion_input_ids and completion_attention_mask
     (2B, max(C, R)); completions are padded with padding_value, masks with 0. Where rejected is (B, K−1, R) they are
-    (K·B, ...), chosen first, then the rejected ones by rank.
+    (K·B, ...), chosen first, then the rejected ones by rank. What else the batch has of its prompts, prompt_X, comes as
+    X, once for the chosen and once for each rejected: pixel_values of prompt_pixel_values.
     """
     width = max(batch["chosen_input_ids"].shape[-1], batch["rejected_input_ids"].shape[-1])
     joined = {}
@@ -93,6 +142,9 @@ def concatenated_inputs(batch: dict[str, torch.Tensor], padding_value: int) -> d
         joined[f"completion_{key}"] = torch.cat(
             [F.pad(completion, (0, width - completion.shape[1]), value=value) for completion in completions]
         )
+    for key in batch:
+        if key.startswith("prompt_") and key not in joined:
+            joined[key.removeprefix("prompt_")] = torch.cat([batch[key]] * len(completions))
     return joined
 
 
@@ -103,34 +155,101 @@ def padded_batch(batch: dict[str, torch.Tensor], padding_value: int = 0) -> dict
 
     Returns, of the S = K·B sequences (K = 2 in pairs) less those without a completion (of rankings with fewer than K):
         inputs: what goes into the model: input_ids and attention_mask (S, T) int64, and logits_to_keep (S, T) bool, the
-            positions whose next token belongs to a completion; M of them.
+            positions whose next token belongs to a completion; M of them; and what else the batch has of its prompts.
         targets: (M,) int64, those next tokens; owner: (M,) int64, the sequence (0 … K·B−1, chosen first) of each.
         lengths: (K·B,) int64, completion tokens that are scored; tokens: (B,) int64, what the model reads of each row.
-        and the numbers of the rows, as they are: weights, margins, scores. Needs: concatenated_inputs.
+        and the numbers of the rows, as they are: weights, margins, scores. Needs: the functions around it.
     """
     joined = concatenated_inputs(batch, padding_value)
-    lengths = joined["completion_attention_mask"].sum(dim=1)
-    present = lengths.nonzero()[:, 0]
+    scored, present, others = scored_tokens(batch, joined)
     ids, mask = (
         torch.cat([joined[f"prompt_{key}"], joined[f"completion_{key}"]], dim=1)[present]
         for key in ("input_ids", "attention_mask")
     )
-    scored = joined["completion_attention_mask"]
-    if "scored" in batch:  # (K·B, width): of several turns only the assistant's
-        scored = scored * F.pad(batch["scored"], (0, scored.shape[1] - batch["scored"].shape[1]))
-        lengths = scored.sum(dim=1)
     completion = F.pad(scored[present], (joined["prompt_input_ids"].shape[1], 0))
-    # A stable sort by "is padding" moves the tokens to the left and keeps their order.
-    order = torch.argsort(mask, dim=1, descending=True, stable=True)[:, : int(mask.sum(dim=1).max())]
+    order = tokens_first(mask)
     ids, mask, completion = ids.gather(1, order), mask.gather(1, order), completion.gather(1, order)
     keep = F.pad(completion[:, 1:], (0, 1)).bool()  # shift by one: position t predicts token t + 1
-    read = torch.zeros_like(lengths).index_add(0, present, mask.sum(dim=1))
-    ids_to_read = ids.masked_fill(mask == 0, padding_value)
-    return {
-        "inputs": {"input_ids": ids_to_read, "attention_mask": mask, "logits_to_keep": keep},
-        "targets": ids[:, 1:][keep[:, :-1]],
-        "owner": present[keep.nonzero()[:, 0]],
-        "lengths": lengths,
-        "tokens": read.unflatten(0, (-1, len(batch["prompt_input_ids"]))).sum(0),
-        **{name: batch[name] for name in batch if not name.startswith(("prompt_", "chosen_", "rejected_", "scored"))},
-    }
+    inputs = {"input_ids": ids.masked_fill(mask == 0, padding_value), "attention_mask": mask, "logits_to_keep": keep}
+    for name, value in others.items():
+        if is_of_tokens(value, joined["prompt_input_ids"].shape):
+            value = go_on(value, joined["completion_input_ids"].shape[1])
+            value = value[present][torch.arange(len(order), device=order.device)[:, None], order]
+        inputs[name] = value
+    targets, owner = ids[:, 1:][keep[:, :-1]], present[keep.nonzero()[:, 0]]
+    return {"inputs": inputs, "targets": targets, "owner": owner, **numbers_of(batch, joined, scored)}
+
+
+def encoder_decoder_batch(
+    batch: dict[str, torch.Tensor], decoder_start_ids: list[int], padding_value: int = 0, label_pad_token_id: int = -100
+) -> dict:
+    """The padded layout for an encoder-decoder: the encoder reads [prompt, padding], the decoder decoder_start_ids and
+    the completion but for its last token, of which position t predicts token t.
+
+    Returns: what `padded_batch` does, whose inputs have decoder_input_ids, too; logits_to_keep is of the decoder's
+    positions; and labels (S, C), the completions with label_pad_token_id for padding. Needs: the functions around it.
+    """
+    joined = concatenated_inputs(batch, padding_value)
+    scored, present, others = scored_tokens(batch, joined)
+    order = tokens_first(joined["prompt_attention_mask"][present])
+    ids, mask = (joined[f"prompt_{key}"][present].gather(1, order) for key in ("input_ids", "attention_mask"))
+    completion, scored_here = joined["completion_input_ids"][present], scored[present].bool()
+    start = torch.tensor(decoder_start_ids, device=ids.device).expand(len(ids), -1)
+    keep = F.pad(scored_here, (start.shape[1] - 1, 0))
+    inputs = {"input_ids": ids.masked_fill(mask == 0, padding_value), "attention_mask": mask, **others}
+    inputs |= {"decoder_input_ids": torch.cat([start, completion[:, :-1]], dim=1), "logits_to_keep": keep}
+    labels = completion.masked_fill(joined["completion_attention_mask"][present] == 0, label_pad_token_id)
+    targets, owner = completion[scored_here], present[scored_here.nonzero()[:, 0]]
+    rest = {"targets": targets, "owner": owner, "labels": labels, **numbers_of(batch, joined, scored)}
+    return {"inputs": inputs, **rest}
+
+
+def ready_batch(batch: dict, model, padding_value: int = 0) -> dict:
+    """A batch, of any layout, ready for a model: a plain one is padded, as the model's configuration wants it."""
+    config = getattr(getattr(model, "module", model), "config", None)
+    if "inputs" in batch:
+        return batch
+    if getattr(config, "is_encoder_decoder", False):
+        return encoder_decoder_batch(batch, [config.decoder_start_token_id], padding_value)
+    return padded_batch(batch, padding_value)
+
+
+def scored_tokens(batch: dict, joined: dict) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """((K·B, C) which tokens of the completions are scored, 0 or 1; the numbers of the S sequences that are there; what
+    else the model reads of the prompts)."""
+    others = {name: value for name, value in joined.items() if not name.startswith(("prompt_", "completion_"))}
+    scored = joined["completion_attention_mask"]
+    # A sequence that is not there may stay where it has pictures, which are not to be told apart.
+    is_there = scored.any(dim=1) | bool(others)
+    if "scored" in batch:  # (K·B, width): of several turns only the assistant's
+        scored = scored * F.pad(batch["scored"], (0, scored.shape[1] - batch["scored"].shape[1]))
+    return scored, is_there.nonzero()[:, 0], others
+
+
+def tokens_first(mask: torch.Tensor) -> torch.Tensor:
+    """(S, T) positions that move the tokens of each sequence to the left and keep their order: a stable sort."""
+    return torch.argsort(mask, dim=1, descending=True, stable=True)[:, : int(mask.sum(dim=1).max())]
+
+
+def is_of_tokens(value: torch.Tensor, shape: torch.Size) -> bool:
+    """Whether a tensor has something for each token of prompts of that shape, and not for their pictures."""
+    return value.shape[:2] == shape and not value.is_floating_point()
+
+
+def go_on(value: torch.Tensor, tokens: int) -> torch.Tensor:
+    """(S, P, ...) of the prompts' tokens, and of so many more of a completion. Its tokens' types are 0, text, where
+    some are pictures'; where types count segments, all of the prompt are 0, the completion is the second, 1. A mask of
+    what each token sees of the pictures goes on as it was at the end."""
+    if value.ndim == 2:
+        return F.pad(value, (0, tokens), value=0 if value.any() else 1)
+    return torch.cat([value, value[:, -1:].expand(-1, tokens, *value.shape[2:])], dim=1)
+
+
+def numbers_of(batch: dict, joined: dict, scored: torch.Tensor) -> dict[str, torch.Tensor]:
+    """lengths and tokens, as in `padded_batch`, and the rows' own numbers."""
+    read = joined["completion_attention_mask"].sum(dim=1)
+    read = read + joined["prompt_attention_mask"].sum(dim=1) * (read > 0)
+    tokens = read.unflatten(0, (-1, len(batch["prompt_input_ids"]))).sum(0)
+    others = ("prompt_", "chosen_", "rejected_", "scored")
+    own = {name: value for name, value in batch.items() if not name.startswith(others)}
+    return {"lengths": scored.sum(dim=1), "tokens": tokens, **own}

@@ -74,6 +74,12 @@ class DPOConfig:
     init_lora_weights: str = option("true", "How it starts: true, gaussian, pissa, olora, ...", needs="use_peft")
     merge_adapter: bool = option(False, "Leave in output_dir/merged the model with its adapter merged into it, too.")
 
+    is_encoder_decoder: bool | None = option(
+        None, "Prompt to the encoder, completion to the decoder; by default as the model's configuration says."
+    )
+    output_router_logits: bool = option(False, "Mixture of experts: add their load balance to the loss.")
+    router_aux_loss_coef: float | None = option(None, "Its factor; by default that of the model.", least=0)
+
     # ---- reference
     force_use_ref_model: bool = option(False, "Take the given reference model, though an adapter has its own.")
     model_adapter_name: str | None = option(None, "Name, in the model, of the adapter that trains.")
@@ -100,6 +106,7 @@ class DPOConfig:
     max_length: int | None = option(None, "The same for prompt and completion together.", least=2)
     truncation_mode: str = option("keep_end", "What stays of a cut prompt.", choices="keep_end keep_start")
     padding_value: int | None = option(None, "Token id to pad with; by default the tokenizer's.", least=0)
+    label_pad_token_id: int = option(-100, "In an encoder-decoder's labels, what stands for padding.", most=-1)
     layout: str = option("auto", "How batches look; auto takes padded, exact for every model.", choices="auto padded")
     dataset_num_proc: int | None = option(None, "Processes that tokenise the dataset.", least=1)
     dataloader_num_workers: int = option(0, "Processes that make batches ready.", least=0)
@@ -399,7 +406,6 @@ lora_target_parameters lora_task_type: pass peft_config=peft.LoraConfig(...) to 
 bnb_4bit_quant_storage: bitsandbytes' own serves
 activation_checkpointing activation_checkpointing_kwargs activation_offloading: use gradient_checkpointing
 train_sampling_strategy: use shuffle and group_by_length
-router_aux_loss_coef: set it, and output_router_logits, in model_init_kwargs
 pad_token: use padding_value
 pad_to_multiple_of use_cache: it changes no result
 dataset_streaming: this version tokenises whole datasets
@@ -424,12 +430,10 @@ use_liger_kernel liger_kernel_config: only completion positions reach the head h
 push_to_hub push_to_hub_model_id push_to_hub_organization push_to_hub_token hub_model_id hub_strategy hub_token \
 hub_revision hub_private_repo hub_always_push: after the run: hf upload NAME OUTPUT_DIR
 use_num_logits_to_keep: only completion positions ever reach the head
-label_pad_token_id: there are no padded labels: a mask says which positions count
 ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph dataloader_multiprocessing_context dataloader_in_order: \
 PyTorch's defaults serve
 parallelism_config fsdp fsdp_min_num_params fsdp_config fsdp_transformer_layer_cls_to_wrap deepspeed: this version \
 replicates the model in every process (DDP) and does not shard it
-is_encoder_decoder: this version trains decoder-only language models
 padding_free: this version has the padded layout only
 """
 LEFT_OUT = [line.split(": ", 1) for line in LEFT_OUT.strip().splitlines()]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-from dpo.rows import NothingToLearn, column_of, first_line
+from dpo.rows import NothingToLearn, column_of, first_line, text_of
 
 NO_VARIABLES = ("conversation", "messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message")
 # Keys of a message beside its content that say something, too.
@@ -45,7 +45,7 @@ def split_prompt(prompt: str | list[dict] | None, completions: list) -> tuple[st
     start = completions[0][:shared]
     if prompt and not any(message["role"] == "user" for message in start):
         start = [{"role": "user", "content": prompt}] + start
-    elif prompt and not any(prompt.strip() in (message.get("content") or "") for message in start):
+    elif prompt and not any(prompt.strip() in text_of(message) for message in start):
         raise ValueError("column 'prompt' is not what the conversations begin with: leave one of the two out")
     return start, [completion[shared:] for completion in completions]
 
@@ -98,6 +98,8 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
     a completion, the template fails, or it leaves out something that the row says.
     """
     prompt, completions = split_prompt(row["prompt"], row["completions"])
+    if row["images"]:
+        prompt, completions = with_places(prompt, completions, len(row["images"]), processing_class)
     if isinstance(completions[0], str):
         kwargs = chat_template_kwargs or row["chat_template_kwargs"]
         for what, value in (("column 'tools'", row["tools"]), ("chat_template_kwargs", kwargs)):
@@ -106,6 +108,7 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
         for rank, text in enumerate(completions):
             _check_no_turns_within(text, column_of(row, rank), turn_tokens(processing_class))
         turns = [split_text(prompt, text, column_of(row, rank)) for rank, text in enumerate(completions)]
+        _check_places(prompt, completions, len(row["images"]), processing_class)
         whole = {"turns": turns, "closed": [False] * len(completions)}
         return {"prompt": prompt, "completions": completions, **whole, "templated": False, "unstable": False}
     if getattr(processing_class, "chat_template", None) is None:
@@ -120,9 +123,13 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
 
     has_calls = any(message.get("tool_calls") for message in itertools.chain(prompt, *completions))
     as_text = has_calls and takes_arguments_as_text(processing_class, str(processing_class.chat_template))
+    in_parts = takes_parts(processing_class, str(processing_class.chat_template))
+    if row["images"] and not in_parts:
+        raise ValueError("it has pictures, and the chat template takes none: leave them out, or take a model that sees")
 
     def render(messages: list[dict], **more) -> str:
         messages = with_text_arguments(messages) if as_text else messages
+        messages = with_parts(messages) if in_parts else messages
         return processing_class.apply_chat_template(messages, tokenize=False, **{**options, **more})
 
     before, wholes = None, []
@@ -138,7 +145,8 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
     for rank, (completion, whole) in enumerate(zip(completions, wholes, strict=True)):
         _check_all_is_rendered(row, rank, prompt, completion, whole, render)
     start, turns = os.path.commonprefix([before, *wholes]), []
-    asked = (prompt[-1].get("content") or "").strip() if prompt else ""
+    _check_places(start, [whole[len(start) :] for whole in wholes], len(row["images"]), processing_class)
+    asked = text_of(prompt[-1]).strip() if prompt else ""
     if asked in before and asked not in start:
         raise ValueError("column 'prompt': the chat template writes it otherwise when an answer follows: take another")
     end, tokens = turn_end(processing_class, str(processing_class.chat_template)), turn_tokens(processing_class)
@@ -186,7 +194,7 @@ def split_turns(
         if number:
             opened = render(prompt + completion[:number], add_generation_prompt=True)
             opened = os.path.commonprefix([opened, whole])  # the prompt may open a reasoning, which the whole has not
-            if (completion[number - 1].get("content") or "").strip() not in opened[position:]:
+            if text_of(completion[number - 1]).strip() not in opened[position:]:
                 raise ValueError(f"{problem}follows: cut the row")
         closed = whole if is_last else render(prompt + completion[: number + 1])
         if end and closed.endswith(end.tail):
@@ -196,7 +204,7 @@ def split_turns(
         else:
             stop = len(closed)
         if not whole.startswith(closed[:stop]):  # Qwen3 leaves out an empty reasoning, gpt-oss ends a turn otherwise
-            said = whole.find((message.get("content") or "").strip(), len(opened))
+            said = whole.find(text_of(message).strip(), len(opened))
             stop = whole.find(end.between, said) + len(end.between) if end and said >= 0 else 0
             if stop <= len(opened):
                 raise ValueError(f"{problem}follows: cut the row")
@@ -263,6 +271,60 @@ def with_text_arguments(messages: list[dict]) -> list[dict]:
     ]
 
 
+def with_places(prompt, completions: list, count: int, processing_class) -> tuple:
+    """(prompt, completions) with places for a row's pictures: where none of its messages has one they come before the
+    first thing that the user says; texts become a conversation, unless they have the processor's own sign for them."""
+    picture = [{"type": "image"}] * count
+    if isinstance(completions[0], str):
+        if (image_token(processing_class) or "") in (prompt or "") or not processing_class.chat_template:
+            return prompt, completions
+        said = [{"type": "text", "text": prompt}] if prompt else []
+        completions = [[{"role": "assistant", "content": text}] for text in completions]
+        return [{"role": "user", "content": [*picture, *said]}], completions
+    if any(isinstance(message.get("content"), list) for message in prompt):
+        return prompt, completions
+    first = next((number for number, message in enumerate(prompt) if message["role"] == "user"), None)
+    if first is None:
+        raise ValueError(
+            "it has pictures, and no message of the user's before the answer: write {'type': 'image'} parts"
+        )
+    said = [{"type": "text", "text": text_of(prompt[first])}]
+    return [*prompt[:first], {**prompt[first], "content": [*picture, *said]}, *prompt[first + 1 :]], completions
+
+
+def with_parts(messages: list[dict]) -> list[dict]:
+    """Messages whose content is a list of parts throughout, as the templates of processors want it."""
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message.get("content"), str)
+        else message
+        for message in messages
+    ]
+
+
+@functools.lru_cache(maxsize=8)
+def takes_parts(processing_class, _template) -> bool:
+    """Whether a processor's chat template wants the content of messages as parts, and writes what is in them."""
+    if not sees(processing_class):
+        return False
+    parts = [{"type": "image"}, {"type": "text", "text": "probe"}]
+    try:
+        text = processing_class.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    except Exception:  # whatever a template raises
+        return False
+    return "probe" in text and "'text'" not in text  # else it wrote the list as Python does
+
+
+def _check_places(start: str, completions: list[str], count: int, processing_class) -> None:
+    """Refuses a text that has not a place for each picture, or has one outside of the prompt."""
+    token = image_token(processing_class)
+    if token and start.count(token) != count:
+        how = f"write {token} where it belongs" if count else "add a column images, or leave it out"
+        raise ValueError(f"the prompt has {start.count(token)} places {token} for {count} pictures: {how}")
+    if token and any(token in completion for completion in completions):
+        raise ValueError(f"a completion has a place {token} for a picture: only prompts may")
+
+
 @functools.lru_cache(maxsize=8)
 def turn_tokens(processing_class) -> tuple[str, ...]:
     """The texts of a tokenizer's special tokens, which nobody writes into an answer: one of them ends a turn."""
@@ -301,7 +363,7 @@ def _check_all_is_rendered(row: dict, rank: int, prompt: list, completion: list,
             return False
 
     messages, offset = prompt + completion, len(row["completions"][rank]) - len(completion)
-    plainly = all_in_order([message.get("content") or "" for message in messages], whole)
+    plainly = all_in_order([text_of(message) for message in messages], whole)
     for number, message in enumerate(messages):
         in_prompt = number < len(prompt)
         keys = ("content", "tool_calls") if in_prompt else ("content", "tool_calls", *SAID)
@@ -349,6 +411,17 @@ def all_in_order(contents: list[str], whole: str) -> bool:
         if position < len(content) or 0 < len(content) < 8:
             return False
     return True
+
+
+def sees(processing_class) -> bool:
+    """Whether it prepares pictures, too: a processor, not a tokenizer."""
+    return getattr(processing_class, "image_processor", None) is not None
+
+
+def image_token(processing_class) -> str | None:
+    """What a processor wants to see in a text where a picture belongs, if it says so."""
+    token = getattr(processing_class, "image_token", None) if sees(processing_class) else None
+    return None if token is None else str(token)
 
 
 def tokenizer_of(processing_class):

@@ -13,10 +13,12 @@ from decimal import Decimal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, List, Value, concatenate_datasets
+import torch
+from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 
-from dpo.conversations import render_row, tokenizer_of
-from dpo.rows import NothingToLearn, canonical_row, column_of, is_several
+from dpo.conversations import render_row, sees, tokenizer_of
+from dpo.images import digest, lift_images, open_image
+from dpo.rows import NothingToLearn, canonical_row, column_of, first_line, is_several
 
 logger = logging.getLogger(__name__)
 NUMBER = r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
@@ -57,6 +59,55 @@ def tokenize_row(
     ids = dict(zip(IDS, (prompt, chosen, rejected), strict=True))
     limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
     return truncate_row(ids, bos_token_id=bos, **limits)
+
+
+def process_row(
+    features: dict,
+    processing_class,
+    max_prompt_length: int | None = None,
+    max_completion_length: int | None = None,
+    add_special_tokens: bool = False,
+) -> dict:
+    """`tokenize_row` for a model that sees: features has images, too, one for each place in the prompt's text.
+
+    Returns: the same ids, those of the prompt with as many tokens as its pictures take; and whatever else the processor
+    gives (pixel_values, image_grid_thw, token_type_ids, ...), tensors of this one row. Raises: ValueError if the
+    prompt is longer than max_prompt_length: pictures are never cut.
+    """
+    ids = tokenize_row(features, processing_class, max_completion_length=max_completion_length)
+    text = _with_special_tokens(features["prompt"], processing_class, bos=add_special_tokens, eos=add_special_tokens)
+    inputs = image_inputs(text, features["images"], processing_class)
+    prompt = inputs.pop("input_ids")[0].tolist()
+    if max_prompt_length is not None and len(prompt) > max_prompt_length:
+        raise ValueError(
+            f"the prompt with its pictures has {len(prompt)} tokens, max_prompt_length {max_prompt_length}"
+        )
+    return {**ids, "prompt_input_ids": prompt, **inputs}
+
+
+def _with_special_tokens(text: str, processing_class, *, bos: bool, eos: bool) -> str:
+    tokenizer = tokenizer_of(processing_class)
+    before, after = str(tokenizer.bos_token or ""), str(tokenizer.eos_token or "")
+    return before * (bos and not text.startswith(before)) + text + after * eos
+
+
+def image_inputs(text: str, images: list, processing_class) -> dict[str, torch.Tensor]:
+    """What a processor makes of a prompt and the pictures in it, without the attention mask: input_ids (1, P) and
+    whatever else its model reads. Raises: ValueError if it cannot."""
+    images = [open_image(image) for image in images]
+    try:
+        inputs = processing_class(text=[text], images=[images], add_special_tokens=False, return_tensors="pt")
+    except Exception as error:  # a processor is a program of somebody else's, and pictures come in all sizes
+        raise ValueError(f"the processor cannot take the prompt with its pictures: {first_line(error)}") from error
+    return {key: value for key, value in inputs.items() if key != "attention_mask"}
+
+
+def read_images(row: dict, processing_class) -> dict[str, torch.Tensor]:
+    """What the model reads of a prepared row beside its token ids: the collator asks for it, batch by batch."""
+    inputs = image_inputs(row["prompt"], row["images"], processing_class)
+    if inputs.pop("input_ids")[0].tolist() != row["prompt_input_ids"]:
+        raise ValueError(f"{row['source']}: the processor gives other tokens than before: has it been changed?")
+    return inputs
 
 
 def truncate_row(
@@ -132,12 +183,13 @@ def _continuation_ids(text: str, tokenizer) -> list[int]:
 
 # ---------------------------------------------------------------------------------------------------- a whole dataset
 
-ROWS_VERSION = 3  # raise it when this file makes other ids of a row than before: the cache's are then not taken
+ROWS_VERSION = 4  # raise it when this file makes other ids of a row than before: the cache's are then not taken
 BOUNDARY_SAMPLE = 1000  # rows of a part whose prompt and completion are tokenised together, too, to see what differs
 FLAGS = {  # what is counted, and the words that report it
     "bad": "left out as bad rows (skip_bad_rows)",
     "useless": "left out: they teach nothing",
     "lost": "left out: truncation would leave nothing of a completion (raise max_length)",
+    "cropped": "left out: truncation would cut their pictures (raise max_prompt_length or max_length)",
     "same": "teach nothing: truncation leaves the same of chosen and rejected (raise max_length)",
     "truncated": "truncated to max_prompt_length, max_completion_length or max_length",
     "unstable": "rendered by a chat template that is not prefix-stable: split at the common start",
@@ -158,6 +210,7 @@ def prepare_dataset(
     allow_ties: bool = False,
     skip_bad_rows: bool = False,
     chat_template_kwargs: dict | None = None,
+    add_special_tokens: bool = False,
     read_margin: bool = True,
     read_reference: bool = False,
     num_proc: int | None = None,
@@ -166,11 +219,13 @@ def prepare_dataset(
 
     Args: ranked, rows may rank more than two completions: rejected_input_ids is then a list of lists; read_scores, keep
     their scores; allow_ties, some completions or scores of a row may be equal; chat_template_kwargs, as in
-    `render_row`; read_margin, keep the column margin; read_reference, keep the columns ref_chosen_logps and
-    ref_rejected_logps, of pairs; the limits as in `truncate_row`.
+    `render_row`; add_special_tokens, as in `tokenize_row`, where no chat template writes them; read_margin, keep the
+    column margin; read_reference, keep the columns ref_chosen_logps and ref_rejected_logps, of pairs; the limits as in
+    `truncate_row`.
     Returns: a Dataset with prompt_input_ids, chosen_input_ids, rejected_input_ids, source (its part and row), length
     (tokens of the prompt and the longest completion) and, where rows have them, margin, weight and scores, best first;
-    and scored, of each completion whether its tokens are, where not all of all rows' are.
+    and scored, of each completion whether its tokens are, where not all of all rows' are. Where rows have pictures,
+    and processing_class is a processor, also prompt, its text, images, and pictures, a few digits of each.
     Raises: ValueError that names part, row (counting from 1) and column of the first bad row, unless skip_bad_rows, or
     if no row is left. Rows left out, and what else is worth knowing, are counted and logged.
     """
@@ -185,7 +240,7 @@ def prepare_dataset(
     limits |= {"max_length": max_length, "truncation_mode": truncation_mode}
     options = {"processing_class": processing_class, "numbers": numbers, "limits": limits, "ranked": ranked}
     options |= {"read_scores": read_scores, "allow_ties": allow_ties, "version": ROWS_VERSION}
-    options |= {"chat_template_kwargs": chat_template_kwargs}
+    options |= {"chat_template_kwargs": chat_template_kwargs, "add_special_tokens": add_special_tokens}
     tokenizer = tokenizer_of(processing_class)
     bos = tokenizer.bos_token_id
     options["prepend_bos"] = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
@@ -194,10 +249,12 @@ def prepare_dataset(
     features |= {"length": Value("int64"), "problem": Value("string"), "scores": List(Value("float32"))}
     features |= {"source": Value("string"), "scored": List(List(Value("bool")))}
     features |= dict.fromkeys(numbers, Value("float32"))
+    with_images = {"prompt": Value("string"), "images": List(Image()), "pictures": List(Value("int64"))}
+    features |= with_images if sees(processing_class) else {}
     prepared = []
     for name, rows in parts.items():
-        _check_columns(name, rows)
-        rows = rows.with_format(None).map(
+        _check_columns(name, rows, processing_class)
+        rows = _undecoded(rows.with_format(None)).map(
             _prepare_row,
             with_indices=True,
             fn_kwargs={**options, "name": name, "prompts": _has_prompts(rows)},
@@ -218,22 +275,30 @@ def prepare_dataset(
         columns.append("scores")
     if any(rows.select_columns("scored")[:]["scored"]):
         columns.append("scored")
+    if sees(processing_class) and any(rows.select_columns("pictures")[:]["pictures"]):
+        columns += with_images
     rows = rows.select_columns(columns)
     return rows.select(kept) if len(kept) < len(rows) else rows
 
 
 def fingerprint(rows: Dataset) -> str:
     """A few digits that tell tokenised rows from others: a hash of all their ids and numbers."""
-    digest = hashlib.sha256()
-    for lengths, values in _flat_columns(rows.remove_columns("source")):
+    seen = hashlib.sha256()
+    others = [column for column in ("source", "prompt", "images") if column in rows.column_names]  # pictures has these
+    for lengths, values in _flat_columns(rows.remove_columns(others)):
         for array in (*lengths, values):
-            digest.update(array.to_numpy(zero_copy_only=False).tobytes())
-    return f"{len(rows)} of {digest.hexdigest()[:16]}"
+            seen.update(array.to_numpy(zero_copy_only=False).tobytes())
+    return f"{len(rows)} of {seen.hexdigest()[:16]}"
 
 
 def largest_id(rows: Dataset) -> int:
     """The largest token id in tokenised rows."""
     return max(pc.max(values).as_py() or 0 for _, values in _flat_columns(rows.select_columns(list(IDS))))
+
+
+def largest_length(rows: Dataset) -> int:
+    """The number of tokens of the longest prompt or completion in tokenised rows."""
+    return max(pc.max(lengths[-1]).as_py() or 0 for lengths, _ in _flat_columns(rows.select_columns(list(IDS))))
 
 
 def _flat_columns(rows: Dataset) -> Iterator[tuple[list[pa.Array], pa.Array]]:
@@ -247,7 +312,21 @@ def _flat_columns(rows: Dataset) -> Iterator[tuple[list[pa.Array], pa.Array]]:
             yield lengths, values
 
 
-def _check_columns(name: str, rows: Dataset) -> None:
+def _undecoded(rows: Dataset) -> Dataset:
+    """Rows, which are this function's own, whose pictures are read as they are stored."""
+
+    def leave(feature) -> None:
+        if isinstance(feature, Image):
+            feature.decode = False
+        for each in feature.values() if isinstance(feature, dict) else [getattr(feature, "feature", None)]:
+            if each is not None:
+                leave(each)
+
+    leave(rows.features)
+    return rows
+
+
+def _check_columns(name: str, rows: Dataset, processing_class) -> None:
     if len(rows) == 0:
         raise ValueError(f"{name} has no rows: it must hold at least one preference pair")
     missing = {"chosen", "rejected"} - set(rows.column_names)
@@ -256,10 +335,14 @@ def _check_columns(name: str, rows: Dataset) -> None:
     if missing:
         present = ", ".join(map(repr, rows.column_names))
         raise ValueError(f"{name}: column {min(missing)!r} is missing; it has {present}: add it, or rename one")
-    images = {"image", "images", "video", "videos", "audio"} & set(rows.column_names)
-    images |= {name for name, kind in rows.features.items() if re.search(r"\b(Image|Audio|Video)\(", repr(kind))}
-    if images:
-        what = f"{name}: column {min(images)!r}: this version trains on text alone"
+    kinds, reads = {column: repr(kind) for column, kind in rows.features.items()}, "text alone"
+    names, types = {"video", "videos", "audio"}, r"\b(Audio|Video)\("
+    if sees(processing_class):
+        reads = "text and pictures"
+    else:
+        names, types = names | {"image", "images"}, r"\b(Audio|Video|Image)\("
+    if unread := sorted(column for column, kind in kinds.items() if column in names or re.search(types, kind)):
+        what = f"{name}: column {unread[0]!r}: the model reads {reads}"
         raise ValueError(f"{what}: leave out the column if the completions do not depend on it")
 
 
@@ -291,10 +374,12 @@ def _prepare_row(
     the row's number and the words. `version` only tells the cache of datasets that this file changed."""
     result = dict.fromkeys(IDS, []) | dict.fromkeys(FLAGS, False) | dict.fromkeys(numbers, 0.0)
     result |= {"scores": [], "length": 0, "problem": "", "source": f"{name}, row {index + 1}", "scored": []}
+    result |= {"prompt": "", "images": [], "pictures": []} if sees(options["processing_class"]) else {}
     read_scores, ties = options.pop("read_scores"), options["allow_ties"]
     try:
         if prompts and row["prompt"] is None:
             raise ValueError("column 'prompt' is missing, and other rows have it: fill it in")
+        row = lift_images(row) if sees(options["processing_class"]) else row
         canonical = canonical_row(row, numbers=tuple(numbers), read_scores=read_scores, allow_ties=ties)
         if not ranked and len(canonical["completions"]) > 2:
             raise ValueError("it ranks more than two completions, the loss is one of pairs: take plackett_luce or exo")
@@ -313,6 +398,7 @@ def _row_to_ids(
     *,
     processing_class,
     chat_template_kwargs: dict | None,
+    add_special_tokens: bool,
     prepend_bos: bool,
     limits: dict,
     allow_ties: bool,
@@ -325,7 +411,14 @@ def _row_to_ids(
     tokenizer = tokenizer_of(processing_class)
     text = render_row(row, processing_class, chat_template_kwargs)
     _check_texts(row, text, allow_ties=allow_ties)
-    prompt = _prompt_ids(text["prompt"], tokenizer, prepend_bos=prepend_bos and not text["templated"])
+    prepend_bos = (prepend_bos or add_special_tokens) and not text["templated"]
+    eos = add_special_tokens and not text["templated"]
+    if row["images"]:
+        text["prompt"] = _with_special_tokens(text["prompt"], processing_class, bos=prepend_bos, eos=eos)
+        prompt = image_inputs(text["prompt"], row["images"], processing_class)["input_ids"][0].tolist()
+    else:
+        prompt = _prompt_ids(text["prompt"], tokenizer, prepend_bos=prepend_bos)
+        prompt += [tokenizer.eos_token_id] * (eos and tokenizer.eos_token_id is not None)
     if not prompt:
         if tokenizer.bos_token_id is None:
             raise ValueError("column 'prompt' is empty and the tokenizer has no BOS token to start from")
@@ -342,10 +435,13 @@ def _row_to_ids(
         "scored": scored if is_partly else [],
         "length": len(prompt) + max(map(len, (chosen, *rejected))),
         "lost": not all(map(any, scored)),
+        "cropped": bool(row["images"]) and cut["prompt_input_ids"] != ids["prompt_input_ids"],
         "same": bool(chosen) and all(completion == chosen for completion in rejected),
         "truncated": cut != ids,
         "unstable": text["unstable"],
-        "boundary": try_boundary and _differs_in_one_piece(text, ids, tokenizer),
+        "boundary": try_boundary and not row["images"] and _differs_in_one_piece(text, ids, tokenizer),
+        **({"prompt": text["prompt"], "images": row["images"]} if sees(processing_class) else {}),
+        **({"pictures": [digest(image) for image in row["images"]]} if sees(processing_class) else {}),
     }
 
 
@@ -384,10 +480,12 @@ def _kept_rows(rows: Dataset, names: list[str]) -> list[int]:
                 words += f", such as {first['source']}: {first['problem']}"
             of = min(len(rows), BOUNDARY_SAMPLE) if flag == "boundary" else len(rows)
             logger.warning("%d of %d rows of %s %s", sum(flags[flag]), of, where, words)
-    out = zip(flags["bad"], flags["useless"], flags["lost"], strict=True)
+    out = zip(*(flags[reason] for reason in ("bad", "useless", "lost", "cropped")), strict=True)
     kept = [i for i, reasons in enumerate(out) if not any(reasons)]
     if not kept:
-        lost = f"of {sum(flags['lost'])} truncation would leave nothing of a completion: mend them, or raise max_length"
+        lost = f"of {sum(flags['lost'])} truncation would leave nothing of a completion"
+        lost += f", of {sum(flags['cropped'])} it would cut pictures" if any(flags["cropped"]) else ""
+        lost += ": mend them, or raise max_length"
         useless = f"{sum(flags['useless'])} teach nothing"
         useless += f" ({rows[flags['useless'].index(True)]['problem']})" if any(flags["useless"]) else ""
         raise ValueError(f"{where}: no row is left; {sum(flags['bad'])} are bad, {useless} and {lost}")

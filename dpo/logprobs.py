@@ -9,7 +9,7 @@ import inspect
 import torch
 import torch.nn.functional as F
 
-from dpo.collate import padded_batch
+from dpo.collate import ready_batch
 
 
 def token_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -68,8 +68,7 @@ def concatenated_forward(
     `wpo_alignment`; aux_loss () where the model returns one. With K > 2 completions rejected_logps and rejected_lengths
     are (B, K−1), by rank, 0 where a row has fewer.
     """
-    if "inputs" not in batch:
-        batch = padded_batch(batch, padding_value)
+    batch = ready_batch(batch, model, padding_value)
     targets, owner, lengths, B = batch["targets"], batch["owner"], batch["lengths"], len(batch["tokens"])
     if len(lengths) > 2 * B and (ld_alpha is not None or use_weighting):
         raise ValueError("ld_alpha and use_weighting are for pairs, the batch ranks more completions: leave them out")
@@ -85,7 +84,7 @@ def concatenated_forward(
     if use_weighting:
         means = sum_by_owner(wpo_alignment(logits, targets), owner, len(lengths)) / lengths
         result["wpo_weights"] = sum(means.chunk(2)).exp().clamp(max=1)
-    if getattr(output, "aux_loss", None) is not None:
+    if isinstance(getattr(output, "aux_loss", None), torch.Tensor):
         result["aux_loss"] = output.aux_loss
     return result
 
@@ -93,12 +92,19 @@ def concatenated_forward(
 def forward_kept_positions(model: torch.nn.Module, inputs: dict[str, torch.Tensor]):
     """(the model's output, its logits (M, V) at the positions of inputs["logits_to_keep"], (S, T) bool).
 
-    A model that takes logits_to_keep leaves the other logits out itself. Whether it does, its own forward tells, which
-    stands somewhere inside the wrappers that DDP, torch.compile and PEFT put around it.
+    A model that takes logits_to_keep leaves the other logits out itself; one that takes no attention_mask does without,
+    since padding is at the end.
     """
-    if any("logits_to_keep" in inspect.signature(module.forward).parameters for module in model.modules()):
-        output = model(**inputs, use_cache=False)
-        return output, output.logits
-    others = {key: value for key, value in inputs.items() if key != "logits_to_keep"}
-    output = model(**others, use_cache=False)
-    return output, output.logits[inputs["logits_to_keep"]]
+    optional = {**inputs, "use_cache": False}
+    own = {name: optional.pop(name) for name in ("logits_to_keep", "attention_mask", "use_cache") if name in optional}
+    output = model(**optional, **{name: value for name, value in own.items() if takes(model, name)})
+    return output, output.logits if output.logits.ndim == 2 else output.logits[inputs["logits_to_keep"]]
+
+
+def takes(module: torch.nn.Module, name: str) -> bool:
+    """Whether an argument reaches a forward that knows its name: a model's own stands somewhere inside the wrappers
+    that DDP, torch.compile, PEFT and callers put around it, which hand on what they do not know."""
+    parameters = inspect.signature(module.forward).parameters
+    if name in parameters or not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return name in parameters
+    return any(takes(child, name) for child in module.children())

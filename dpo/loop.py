@@ -24,15 +24,15 @@ from dpo import checkpoint, distributed, files, report, sampling
 from dpo.batches import epoch_windows, load_windows
 from dpo.build import autocast, how_to_load, loss_names, loss_options
 from dpo.checkpoint import TrainingState
-from dpo.collate import padded_batch
+from dpo.collate import ready_batch
 from dpo.config import DPOConfig, UserError, parse_args
-from dpo.conversations import tokenizer_of
 from dpo.distributed import World, gather_pairs, synchronize_gradients
 from dpo.logprobs import concatenated_forward
 from dpo.losses import OVER_THE_BATCH, dpo_loss
 from dpo.merge import merge_adapter
+from dpo.models import router_coefficient
 from dpo.prepare import Run, checkpointed, note_files, plan_epoch, prepare, user_errors
-from dpo.reference import Reference
+from dpo.reference import Reference, without_dropout
 from dpo.report import create_model_card
 from dpo.sampling import generate_from_model_and_ref
 
@@ -139,7 +139,7 @@ def get_batch_loss_metrics(
     Returns: the loss of each pair, (B,), with gradient; and the metrics, each (B,), so that their sums are exact.
     """
     state, world = state or TrainingState(), world or World(rank=0, size=1, device=torch.device("cpu"))
-    batch, names = batch if "inputs" in batch else padded_batch(batch), set(loss_names(args))
+    batch, names = ready_batch(batch, model), set(loss_names(args))
     policy_logps = concatenated_forward(model, batch, ld_alpha=args.ld_alpha, use_weighting=args.use_weighting)
     aux_loss = policy_logps.pop("aux_loss", None)  # a mixture of experts' load balance
     pairs, pair_weights, tokens = counted_pairs(batch, policy_logps, reference(batch))
@@ -153,7 +153,7 @@ def get_batch_loss_metrics(
         losses = losses.mean().expand_as(losses)  # AOT has a value for each quantile, not for each pair
     losses = losses[own] * pair_weights
     if aux_loss is not None:
-        losses = losses + distributed.unwrap(model).config.router_aux_loss_coef * aux_loss
+        losses = losses + router_coefficient(model) * aux_loss
     parts = {f"loss/{name}": part[own] for name, part in parts.items()} if len(parts) > 1 else {}
     rewards = chosen_rewards[own], rejected_rewards[own]
     return losses, batch_metrics(losses, tokens, pairs, *rewards, parts, aux_loss)
@@ -259,7 +259,7 @@ def evaluate(
 ) -> dict[str, float]:
     """The metrics of `get_batch_loss_metrics` over a whole tokenised dataset, each pair counted once whatever the batch
     size and the number of processes; and those of compute_metrics. Keys begin with prefix."""
-    model.eval()
+    without_dropout(model)
     sizes = {"batch_size": args.per_device_eval_batch_size, "world_size": world.size}
     windows = epoch_windows(dataset["length"][:], **sizes, shuffle=False, group_by_length=True)
     loader = load_windows(dataset, windows, world, collator, num_workers=args.dataloader_num_workers)
@@ -300,11 +300,14 @@ def evaluate_sets(run: Run, *, is_saved: bool = False) -> None:
     if args.generate_during_eval:
         eval_rows = next(iter(run.eval_sets.values()))
         eval_rows = eval_rows.select(range(min(args.num_samples, len(eval_rows))))
-        tokenizer = tokenizer_of(run.processing_class)
-        options = {"reference": run.reference, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
+        common = (eval_rows, run.processing_class, run.world)
+        options = {"reference": run.reference, "read_images": getattr(run.collator, "read_images", None)}
+        options |= {"reward": run.reward, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
         options |= {"batch_size": args.per_device_eval_batch_size, "file": run.output_dir / "samples.jsonl"}
-        with autocast(args, run.world):
-            row |= sampling.sample_answers(run.model, eval_rows, tokenizer, reward=run.reward, **options)
+        with autocast(args, run.world), user_errors():
+            samples, means = sampling.sample_answers(run.model, *common, **options)
+            report.show_samples(run.tables, samples, step=step)
+        row |= means
     row = distributed.from_first(row, run.world)  # only the first process has rated the answers
     record(run, row)
     if args.load_best_model_at_end and is_saved:

@@ -28,7 +28,7 @@ def merge_adapter(name: str, output_dir: Path, *, dtype: str = "float32", **kwar
     alone = World(rank=0, size=1, device=torch.device("cpu"))
     with files.written_aside(output_dir, alone) as unfinished:
         merged.save_pretrained(unfinished)
-        models.load_tokenizer(name).save_pretrained(unfinished)
+        models.load_processor(name).save_pretrained(unfinished)
 
 
 def main(argv: list[str] | None = None) -> None:

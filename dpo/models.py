@@ -1,4 +1,4 @@
-"""Loads the policy and its tokenizer, adds a LoRA adapter, switches dropout off, makes the optimizer."""
+"""Loads the policy and its tokenizer or processor, adds a LoRA adapter, switches dropout off, makes the optimizer."""
 
 import difflib
 import hashlib
@@ -10,18 +10,50 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import find_adapter_config_file, has_file
 
+from dpo.conversations import tokenizer_of
 from dpo.distributed import unwrap
+from dpo.logprobs import concatenated_forward, forward_kept_positions
 from dpo.rows import first_line
+
+
+def class_of(config) -> type:
+    """The class that loads what a configuration describes: a model that sees, an encoder-decoder, or a causal one."""
+    own = getattr(config, "auto_map", None) or {}  # of a model that brings its own code
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or "AutoModelForImageTextToText" in own:
+        return AutoModelForImageTextToText
+    if config.is_encoder_decoder:
+        return AutoModelForSeq2SeqLM
+    return AutoModelForCausalLM
+
+
+def read_config(name: str, *, revision: str = "main", trust_remote_code: bool = False):
+    """The configuration of a model, or of an adapter's base, by Hub name or directory; None where there is none that
+    can be read: loading the model will say why."""
+    base = adapter_base(name, revision)
+    try:
+        where = {"revision": revision} if base is None else {}
+        return AutoConfig.from_pretrained(base or name, trust_remote_code=trust_remote_code, **where)
+    except Exception:  # what is in somebody's folder may fail anywhere
+        return None
 
 
 def load_model(
     name: str, *, dtype: str = "float32", revision: str = "main", adapter_name: str | None = None, **kwargs
 ) -> torch.nn.Module:
-    """A causal language model by Hub name or directory; one that holds a PEFT adapter gives the base model with that
-    adapter, trainable.
+    """A language model, one that sees or an encoder-decoder, too, by Hub name or directory; one that holds a PEFT
+    adapter gives the base model with that adapter, trainable.
 
     Args: dtype, of the weights (AdamW's updates at a learning rate of 1e-6 are too small for bfloat16's 8 bits);
     revision, of name on the Hub; adapter_name, what the adapter is called in the model; kwargs, of from_pretrained
@@ -32,11 +64,12 @@ def load_model(
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # what does not fit is told below
     base = adapter_base(name, revision)
     try:
-        if base is None:
-            model, info = AutoModelForCausalLM.from_pretrained(name, revision=revision, **kwargs)
-        else:
-            kwargs = {"revision": PeftConfig.from_pretrained(name, revision=revision).revision or "main", **kwargs}
-            model, info = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        kwargs["revision"] = revision
+        if base is not None:
+            kwargs["revision"] = PeftConfig.from_pretrained(name, revision=revision).revision or "main"
+        of_config = ("revision", "trust_remote_code", "gguf_file", "subfolder", "token")
+        config = AutoConfig.from_pretrained(base or name, **{key: kwargs[key] for key in of_config if key in kwargs})
+        model, info = class_of(config).from_pretrained(base or name, **kwargs)
         wrong = {**info, "mismatched_keys": [key for key, *_ in info["mismatched_keys"]]}
         if base is not None:
             model, wrong = add_saved_adapter(model, name, revision, adapter_name or "default")
@@ -52,28 +85,50 @@ def load_model(
         raise ValueError(f"the files of the model {str(name)!r} hold layers that its config.json has not: {more[0]}")
     if broken := not_finite(model):
         raise ValueError(f"the model {str(name)!r} is broken: the weights of {broken} are not all finite")
-    return model
+    return keep_differentiable(model)
 
 
 @torch.no_grad()
-def check_causal(model: torch.nn.Module) -> None:
-    """Refuses a model whose positions see later ones (BERT, loaded as if it were a decoder): it would read the answer.
-    Two short texts that differ in their last token must have the same logits before that; but for noise, which a text
-    that is there twice shows, and which is somebody else's to refuse."""
-    was_training, device = model.training, next(model.parameters()).device
-    ids = torch.tensor([[1, 2, 3, 1], [1, 2, 3, 1], [1, 2, 3, 2]], device=device)
+def check_reading(model: torch.nn.Module, alone: dict, together: dict) -> None:
+    """Refuses a model that would be trained on something else than log π(y|x), by what it says of a row.
+
+    Its positions must not see later ones (those of BERT, loaded as if it were a decoder, do: it would read the answer):
+    with another last token the logits before it stay the same, but for noise, which the same row again shows, and which
+    is somebody else's to refuse. And in float32 a row must have the same log-probabilities alone and beside another
+    (not so where a batch's tokens compete for the room of an expert).
+
+    Args: alone, a ready batch of one row; together, of that row and another.
+    """
+    kind, was_training, inputs = type(unwrap(model)).__name__, model.training, alone["inputs"]
+    keep, decoder = inputs["logits_to_keep"], "decoder_input_ids" in inputs
+    key = "decoder_input_ids" if decoder else "input_ids"
+    ids = inputs[key]
+    rows = torch.arange(len(ids), device=ids.device)
+    # The position of each sequence's last input: of a decoder's it predicts the last target, else it is that target.
+    last = keep.shape[1] - 1 - keep.flip(1).long().argmax(dim=1) + (0 if decoder else 1)
+    keep = keep.index_put((rows, last), torch.tensor(True, device=keep.device))
+    changed = ids.index_put((rows, last), torch.where(ids[rows, last] == 1, 2, 1))
+    both = [{**inputs, "logits_to_keep": keep, key: each} for each in (ids, changed)]
     try:
-        first, again, other = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        model.eval()
+        first, again, other = (forward_kept_positions(model, each)[1] for each in (both[0], both[0], both[1]))
+        by_itself, beside = (concatenated_forward(model, batch)["chosen_logps"][0] for batch in (alone, together))
     finally:
         model.train(was_training)
-    earlier, last, noise = (
-        (first - other)[:-1].abs().max(),
-        (first - other)[-1].abs().max(),
-        (first - again).abs().max(),
-    )
-    if earlier > 1e-3 * last + 10 * noise:
-        kind = type(unwrap(model)).__name__
+    row, position = keep.nonzero().T
+    is_earlier = position < last[row]
+    earlier = (first - other)[is_earlier].abs().max() if is_earlier.any() else 0
+    now, noise = (first - other)[~is_earlier].abs().max(), (first - again).abs().max()
+    share = 0.1 if getattr(model, "is_quantized", False) else 1e-3  # 8 bits are rounded by what a batch has
+    if earlier > share * now + 10 * noise:
         raise ValueError(f"{kind} sees later tokens, it is no causal language model: take one that generates text")
+    exact = all(parameter.dtype == torch.float32 for parameter in model.parameters()) and noise == 0
+    exact = (
+        exact and torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(ids.device.type)
+    )
+    if exact and abs(by_itself - beside) > 1e-3 * abs(by_itself) + 1e-3:
+        nats = f"{float(by_itself):.4f} and {float(beside):.4f} nats"
+        raise ValueError(f"{kind} gives a completion other log-probabilities beside other rows than alone ({nats})")
 
 
 def not_finite(model: torch.nn.Module) -> str | None:
@@ -126,18 +181,26 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_tokenizer(name: str, *, revision: str = "main", trust_remote_code: bool = False):
-    """The tokenizer of a model; where it has no padding token, its EOS serves as one (masks tell them apart)."""
+def load_processor(name: str, *, revision: str = "main", trust_remote_code: bool = False):
+    """What prepares a model's inputs: its tokenizer, or of a model that sees its processor. Where there is no padding
+    token, the EOS serves as one (masks tell them apart)."""
+    config = read_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    sees = config is not None and class_of(config) is AutoModelForImageTextToText
     base = adapter_base(name, revision)
     if base and not has_file(name, "tokenizer_config.json", revision=revision):
         name, revision = base, "main"  # PEFT itself saves an adapter without its tokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        kind = AutoProcessor if sees else AutoTokenizer
+        processor = kind.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # as above
-        raise ValueError(f"cannot load the tokenizer of {str(name)!r}: {first_line(error)}") from error
+        what = "processor" if sees else "tokenizer"
+        raise ValueError(f"cannot load the {what} of {str(name)!r}: {first_line(error)}") from error
+    tokenizer = tokenizer_of(processor)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    if processor.chat_template is None:
+        processor.chat_template = tokenizer.chat_template
+    return processor
 
 
 def check_rows_fit(model: torch.nn.Module, *, largest: int, longest: int) -> None:
@@ -165,7 +228,7 @@ def skeleton(name: str, **kwargs) -> torch.nn.Module | None:
     try:
         config = AutoConfig.from_pretrained(name, **kwargs)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=kwargs.get("trust_remote_code", False))
+            return class_of(config).from_config(config, trust_remote_code=kwargs.get("trust_remote_code", False))
     except Exception:  # loading will say what is wrong
         return None
 
@@ -175,7 +238,9 @@ def check_adapter(model: torch.nn.Module, peft_config) -> PeftConfig:
     if isinstance(model, PeftModel):
         raise ValueError("the model has an adapter already, which trains on: leave out use_peft and peft_config")
     try:
-        peft_config = LoraConfig(task_type="CAUSAL_LM", **peft_config) if isinstance(peft_config, dict) else peft_config
+        reads_apart = getattr(model.config, "is_encoder_decoder", False) if hasattr(model, "config") else False
+        task = "SEQ_2_SEQ_LM" if reads_apart else "CAUSAL_LM"
+        peft_config = LoraConfig(task_type=task, **peft_config) if isinstance(peft_config, dict) else peft_config
     except TypeError as error:
         raise ValueError(f"peft_config: {first_line(error)}") from error
     if peft_config.is_prompt_learning:
@@ -242,8 +307,28 @@ def quantization(*, load_in_4bit: bool, load_in_8bit: bool, quant_type: str, nes
     return {"quantization_config": BitsAndBytesConfig(**bits)}
 
 
+def keep_differentiable(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, with 4-bit layers that have a gradient. On CPUs with AVX-512 bfloat16 bitsandbytes packs their weights
+    at the first forward pass in eval mode, for a kernel that rounds and has none, and never unpacks them for
+    training: all below the last such layer would silently stop to learn. Raises: ValueError if that has happened."""
+    for name, module in model.named_modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise ValueError(f"{name} of the model is packed for inference, it cannot train: load the model anew")
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def names_of_linear_layers(model: torch.nn.Module) -> set[str]:
     return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
+def freeze_what_is_not_saved(model: torch.nn.Module) -> None:
+    """Parameters that save_pretrained leaves out (Marian's sinusoids) do not train: what is saved would be another."""
+    left_out = getattr(model, "_keys_to_ignore_on_save", None) or ()
+    for name, parameter in model.named_parameters():
+        if any(re.search(pattern, name) for pattern in left_out):
+            parameter.requires_grad_(False)
 
 
 def check_trainable(model: torch.nn.Module, *, fp16: bool) -> None:
@@ -274,15 +359,17 @@ def check_trainable(model: torch.nn.Module, *, fp16: bool) -> None:
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Sets every dropout probability of a model to 0: nn.Dropout's, and the numbers that attention layers and
-    configurations hold. Dropout noise on one side of log π/π_ref would be noise in the reward. Adapters keep theirs."""
+    """Sets every dropout probability of a model to 0: nn.Dropout's, and the numbers that attention layers, routers
+    (their jitter) and configurations hold. Such noise on one side of log π/π_ref would be noise in the reward. Adapters
+    keep theirs."""
     modules = [module for path, module in model.named_modules() if "lora_dropout" not in path]
     for module in modules:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     for holder in [*modules, *(module.config for module in modules if getattr(module, "config", None) is not None)]:
-        for name in [name for name, value in vars(holder).items() if "drop" in name and isinstance(value, float)]:
-            setattr(holder, name, 0.0)
+        for name, value in dict(vars(holder)).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(holder, name, 0.0)
 
 
 def make_optimizer(
@@ -309,3 +396,44 @@ def make_optimizer(
     kinds = {"adamw_8bit": bnb.optim.AdamW8bit, "adamw_bnb_8bit": bnb.optim.AdamW8bit}
     kinds |= {"paged_adamw_8bit": bnb.optim.PagedAdamW8bit, "paged_adamw_32bit": bnb.optim.PagedAdamW32bit}
     return kinds[name](groups, lr=learning_rate, betas=betas, eps=eps)
+
+
+def decoder_start_ids(model: torch.nn.Module) -> list[int]:
+    """What the decoder of an encoder-decoder begins with before it says something of its own: its start token, and the
+    one that generation forces upon it, where there is one (a language, or BOS)."""
+    holders = [getattr(model, name, None) for name in ("generation_config", "config")]
+
+    def first(key: str) -> int | None:
+        return next((value for each in holders if (value := getattr(each, key, None)) is not None), None)
+
+    if (start := first("decoder_start_token_id")) is None:
+        raise ValueError("the model's configuration has no decoder_start_token_id, its decoder cannot begin: set it")
+    forced = first("forced_bos_token_id")
+    return [start] if forced is None else [start, forced]
+
+
+def set_router(model: torch.nn.Module, *, output_router_logits: bool, router_aux_loss_coef: float | None) -> None:
+    """Lets a mixture of experts work out its load balance, and sets that loss's factor, in its configuration."""
+    holders = [config for config in _configs(model) if hasattr(config, "output_router_logits")]
+    if not holders:
+        kind = type(unwrap(model)).__name__
+        raise ValueError(f"output_router_logits: {kind} has no load balance to work out: leave it out")
+    for config in holders:
+        config.output_router_logits = config.output_router_logits or output_router_logits
+        if router_aux_loss_coef is not None:
+            config.router_aux_loss_coef = router_aux_loss_coef
+    if router_aux_loss_coef is not None and not any(config.output_router_logits for config in holders):
+        raise ValueError("router_aux_loss_coef does nothing without output_router_logits: add that, or leave it out")
+
+
+def router_coefficient(model: torch.nn.Module) -> float:
+    """The factor of a mixture of experts' load balance, as its configuration has it."""
+    names = ("router_aux_loss_coef", "aux_loss_coef")
+    own = [value for config in _configs(model) for name in names if (value := getattr(config, name, None)) is not None]
+    return own[-1] if own else 0.001
+
+
+def _configs(model: torch.nn.Module) -> list:
+    """A model's configuration, and that of the language model in it, which may be the same."""
+    config = getattr(unwrap(model), "config", None)
+    return [config, config.get_text_config()] if hasattr(config, "get_text_config") else []

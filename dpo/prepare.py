@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from dpo import checkpoint, distributed, files, models, report, sampling
-from dpo.batches import epoch_windows
+from dpo.batches import epoch_windows, moved
 from dpo.build import (
     adapter_config,
     autocast,
@@ -27,15 +27,16 @@ from dpo.build import (
     check_schedule,
     compile_models,
     loss_names,
+    make_collator,
     make_optimizers,
     needs_reference,
+    reads_apart,
     with_reference,
 )
 from dpo.checkpoint import TrainingState
-from dpo.collate import NUMBERS, DataCollatorForPreference
+from dpo.collate import NUMBERS, ready_batch
 from dpo.config import DPOConfig, UserError
-from dpo.conversations import tokenizer_of
-from dpo.data import fingerprint, largest_id, prepare_dataset
+from dpo.data import fingerprint, largest_id, largest_length, prepare_dataset
 from dpo.distributed import World
 from dpo.losses import OF_RANKINGS, OVER_THE_BATCH, PARAMETERS, takers
 from dpo.reference import CACHED, Reference, reference_digest, without_dropout
@@ -49,7 +50,8 @@ lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps optim weight_dec
 max_grad_norm bf16 fp16 loss_type loss_weights beta label_smoothing f_divergence_type f_alpha_divergence_coef
 reference_free rpo_alpha use_weighting ld_alpha discopop_tau simpo_gamma orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha
 chipo_clip exo_beta_r sync_ref_model ref_model_mixup_alpha ref_model_sync_steps load_in_4bit load_in_8bit
-bnb_4bit_quant_type use_bnb_nested_quant ref_adapter_name precompute_ref_log_probs"""
+bnb_4bit_quant_type use_bnb_nested_quant ref_adapter_name precompute_ref_log_probs output_router_logits
+router_aux_loss_coef"""
 # What a caller may give to `train`, and the options that then do nothing.
 INSTEAD = {
     "model": "dtype attn_implementation model_revision model_init_kwargs load_in_4bit load_in_8bit",
@@ -94,6 +96,7 @@ class Run:
     bar: tqdm | None = None
     rows: list[dict] = field(default_factory=list)  # all metrics rows
     receivers: list[Callable] = field(default_factory=list)  # of each new one
+    tables: list[Callable] = field(default_factory=list)  # of trackers, for sampled answers
 
 
 def prepare(
@@ -142,20 +145,22 @@ def prepare(
         peft_config = adapter_config(model, peft_config, args=args)
         resume = claim_output(run, ref_model)
         hub = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
-        run.processing_class = processing_class or models.load_tokenizer(name, **hub)
-        run.train_rows, run.eval_sets = prepare_data(run, train_dataset, eval_dataset)
+        run.processing_class = processing_class or models.load_processor(name, **hub)
+        run.train_rows, run.eval_sets = prepare_data(run, model, train_dataset, eval_dataset)
         report.show_rows(run.train_rows, run.processing_class, args.show_rows)
-        run.collator = data_collator or make_collator(run.processing_class, args=args)
         if resume:
             checkpoint.check_same_run(resume, what_options_matter(run))
 
         # Models are built, then laid out over the processes, then given an optimizer.
         run.model = build_policy(model, peft_config, args=args)
+        run.collator = data_collator or make_collator(run.processing_class, run.model, args=args)
         run.reference, run.starts_equal = build_reference(run.model, ref_model, run.train_rows.column_names, args=args)
         compile_models(run.model, run.reference.ref_model, args=args)
         sets = [run.train_rows, *run.eval_sets.values()]
         largest = max(getattr(run.collator, "pad_token_id", 0), *map(largest_id, sets))
         longest = max(max(rows["length"][:]) for rows in sets)
+        if reads_apart(run.model, args=args):  # neither half reads all
+            longest = max(largest_length(rows) for rows in sets)
         for each in (run.model, run.reference.ref_model):
             if each is not None:
                 models.check_rows_fit(each, largest=largest, longest=longest)
@@ -164,8 +169,7 @@ def prepare(
         run.policy = distributed.lay_out(run.model, world, trains=True, find_unused_parameters=unused)
         if run.reference.ref_model is not None:
             run.reference.ref_model = distributed.lay_out(run.reference.ref_model, world, trains=False)
-        with autocast(args, world):
-            models.check_causal(run.model)
+        check_reading(run)
         if args.precompute_ref_log_probs:
             precompute_reference(run)
         run.steps_per_epoch, epochs = len(plan_epoch(run)), args.num_train_epochs
@@ -295,13 +299,14 @@ def check_kinds(model, ref_model, peft_config, optimizers, data_collator, callba
 # ----------------------------------------------------------------------------------------------------------------- data
 
 
-def prepare_data(run: Run, train_dataset, eval_dataset) -> tuple[datasets.Dataset, dict[str, datasets.Dataset]]:
+def prepare_data(run: Run, model, train_dataset, eval_dataset) -> tuple[datasets.Dataset, dict[str, datasets.Dataset]]:
     """Tokenised training rows, and {name: tokenised rows} to evaluate on; the name of a single set is empty."""
     args, subset = run.args, None
     source = args.dataset_name if train_dataset is None else train_dataset
     if source is None:
         raise UserError("there is no training set: set dataset_name")
-    train_rows = prepare_rows(run, source, args.dataset_train_split, args.dataset_config)
+    apart = reads_apart(model, args=args)
+    train_rows = prepare_rows(run, source, args.dataset_train_split, args.dataset_config, apart)
     if args.eval_strategy == "no":
         if eval_dataset is not None:
             raise UserError("eval_dataset does nothing without an eval_strategy: set it to steps or epoch")
@@ -320,15 +325,16 @@ def prepare_data(run: Run, train_dataset, eval_dataset) -> tuple[datasets.Datase
     unknown = best not in known and "loss/" not in best and not best.startswith("eval_samples/")
     if args.load_best_model_at_end and run.compute_metrics is None and unknown:
         raise UserError(f"metric_for_best_model {best!r} is not evaluated: choose among {', '.join(known)}")
-    eval_sets = {name: prepare_rows(run, each, args.dataset_test_split, subset) for name, each in sets.items()}
+    eval_sets = {name: prepare_rows(run, each, args.dataset_test_split, subset, apart) for name, each in sets.items()}
     for column in ("scores", *CACHED):
         if any((column in rows.column_names) != (column in train_rows.column_names) for rows in eval_sets.values()):
             raise UserError(f"of the training and the evaluation set one has {column}: give them to both, or none")
     return train_rows, eval_sets
 
 
-def prepare_rows(run: Run, source, split: str, subset: str | None) -> datasets.Dataset:
-    """One dataset, tokenised, with its columns margin, weight and scores where there are any that the losses take."""
+def prepare_rows(run: Run, source, split: str, subset: str | None, apart: bool) -> datasets.Dataset:
+    """One dataset, tokenised, with its columns margin, weight and scores where there are any that the losses take;
+    apart, for an encoder-decoder."""
     args, names, take_scores = run.args, set(loss_names(run.args)), set(takers("scores"))
     parts = load_preferences(source, split=split, subset=subset)
     with distributed.first_process_first(run.world):
@@ -344,6 +350,7 @@ def prepare_rows(run: Run, source, split: str, subset: str | None) -> datasets.D
             allow_ties=bool(names & take_scores) and names & set(OF_RANKINGS) <= take_scores,
             skip_bad_rows=args.skip_bad_rows,
             chat_template_kwargs=args.chat_template_kwargs or None,
+            add_special_tokens=apart,
             read_reference=needs_reference(args),
             read_margin=any("margins" in PARAMETERS[name] for name in names),
             num_proc=args.dataset_num_proc,
@@ -374,11 +381,20 @@ def prepare_rows(run: Run, source, split: str, subset: str | None) -> datasets.D
     return rows
 
 
-def make_collator(processing_class, *, args: DPOConfig) -> DataCollatorForPreference:
-    """The collator of the layout asked for; auto is padded, which is exact for every model."""
-    tokenizer = tokenizer_of(processing_class)
-    padding_value = args.padding_value if args.padding_value is not None else tokenizer.pad_token_id or 0
-    return DataCollatorForPreference(padding_value, layout="padded" if args.layout == "auto" else args.layout)
+def check_reading(run: Run) -> None:
+    """Tries the model on the shortest training row, alone and beside another one, as `models.check_reading` has it."""
+    rows = run.train_rows
+    order = sorted(range(len(rows)), key=rows["length"][:].__getitem__)
+    numbers = [order[0], order[len(order) // 4]]
+    alone, together = (
+        moved(ready_batch(run.collator([rows[i] for i in each]), run.model), run.world.device)
+        for each in (numbers[:1], numbers)
+    )
+    with autocast(run.args, run.world):
+        models.check_reading(run.model, alone, together)
+        if run.args.generate_during_eval:
+            read = {"read_images": getattr(run.collator, "read_images", None), "max_new_tokens": 2}
+            sampling.answers_to(run.model, [rows[order[0]]], run.processing_class, **read)
 
 
 def plan_epoch(run: Run, epoch: int = 0, *, drop_last: bool | None = None) -> list:
@@ -503,7 +519,7 @@ def open_outputs(run: Run, trackers: dict, callbacks: list[Callable], resume: Pa
         if files.run_in(output_dir):  # output_dir was not there when this run began
             raise UserError(f"output_dir {output_dir}: another run has taken it meanwhile: name another")
     options = report.portable_config({**dataclasses.asdict(args), **run.sources})
-    trackers = report.open_trackers(trackers, run_name=args.run_name, output_dir=output_dir, config=options)
+    trackers, run.tables = report.open_trackers(trackers, run_name=args.run_name, output_dir=output_dir, config=options)
     came_from = resume.parent if resume else output_dir
     run.rows = report.read_rows(came_from / "metrics.jsonl", up_to_step=step) if step else []
     checkpoint.clear_output(output_dir, step=step if came_from.resolve() == output_dir.resolve() else 0)

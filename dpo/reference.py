@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
+from dpo.collate import ready_batch
 from dpo.logprobs import concatenated_forward
 
 logger = logging.getLogger("dpo")
@@ -147,12 +148,12 @@ def adapter_starts_at_zero(policy: torch.nn.Module) -> bool:
 
 
 def without_dropout(model: torch.nn.Module) -> torch.nn.Module:
-    """The model in eval mode; a quantised one in training mode, where bitsandbytes takes the kernels that the policy
-    trains with (in 8 bits others are not quite equal), and its dropout alone in eval mode."""
-    model.train(bool(getattr(model, "is_quantized", False)))
+    """The model in eval mode, but for layers of bitsandbytes, which in training mode take the kernels that the policy
+    trains with (in 8 bits others are not quite equal)."""
+    model.eval()
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.eval()
+        if type(module).__module__.startswith("bitsandbytes."):
+            module.train()
     return model
 
 
@@ -178,6 +179,21 @@ def null_ref_context(policy: torch.nn.Module, ref_adapter_name: str | None = Non
         policy.train(was_training)
 
 
+@contextmanager
+def without_aux_loss(model: torch.nn.Module):
+    """Inside, a mixture of experts does not work out its load balance, which is a matter of the policy's alone."""
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else None  # of a model that sees
+    configs = [each for each in (config, text_config) if getattr(each, "output_router_logits", False)]
+    for each in configs:
+        each.output_router_logits = False
+    try:
+        yield
+    finally:
+        for each in configs:
+            each.output_router_logits = True
+
+
 @torch.no_grad()
 def compute_ref_log_probs(
     batch: dict,
@@ -193,7 +209,8 @@ def compute_ref_log_probs(
     Args: ref_model, asked if given; otherwise policy, a PEFT model, with its adapter ref_adapter_name, or with none.
     padding_value and ld_alpha as in `concatenated_forward`.
     """
-    with null_ref_context(policy, ref_adapter_name) if ref_model is None else nullcontext(ref_model) as model:
+    asked = null_ref_context(policy, ref_adapter_name) if ref_model is None else nullcontext(ref_model)
+    with asked as model, without_aux_loss(model):
         result = concatenated_forward(model, batch, padding_value=padding_value, ld_alpha=ld_alpha)
     return result["chosen_logps"], result["rejected_logps"]
 
@@ -249,9 +266,10 @@ def _in_order(value):
 
 
 def row_key(row: dict) -> bytes:
-    """Which row it is: a digest of its token ids and of which of them are scored."""
+    """Which row it is: a digest of its token ids, of which of them are scored, and of its pictures."""
     rejected = row["rejected_input_ids"]
     parts = [row["prompt_input_ids"], row["chosen_input_ids"], rejected, row.get("scored") or []]
+    parts += [row["pictures"]] if row.get("pictures") else []
     return hashlib.sha256(json.dumps(parts).encode()).digest()[:16]
 
 
@@ -262,6 +280,7 @@ def precompute_ref_log_probs(
     killed is not done again. Args: keys, of the rows that each batch's index counts."""
     known, unsaved, saved = {}, {}, time.monotonic()
     for batch in batches:
+        batch = ready_batch(batch, reference.policy)
         chosen, rejected = reference(batch)
         logps = torch.cat([chosen[:, None], rejected.reshape(len(chosen), -1)], dim=1)
         present = batch["lengths"].unflatten(0, (-1, len(chosen))).T > 0  # a ranking may have fewer completions

@@ -192,8 +192,11 @@ def import_trackers(names: list[str] | None) -> dict:
     return modules
 
 
-def open_trackers(modules: dict, *, run_name: str | None, output_dir: Path, config: dict) -> list[Callable]:
-    """Functions that send a metrics row to each of the trackers of `import_trackers`."""
+def open_trackers(
+    modules: dict, *, run_name: str | None, output_dir: Path, config: dict
+) -> tuple[list[Callable], list[Callable]]:
+    """(functions that send a metrics row, functions that send a table of sampled answers) to each of the trackers of
+    `import_trackers`; a table comes as (columns, its rows, step)."""
 
     def to_tensorboard(row: dict) -> None:
         for key, value in row.items():
@@ -201,18 +204,39 @@ def open_trackers(modules: dict, *, run_name: str | None, output_dir: Path, conf
                 writer.add_scalar(key, value, row["step"])
         writer.flush()
 
-    trackers = []
+    def text_to_tensorboard(columns: list[str], rows: list[list], step: int) -> None:
+        lines = [[str(cell).replace("|", "\\|").replace("\n", "<br>") for cell in row] for row in rows]
+        lines = [columns, ["---"] * len(columns), *lines]  # Markdown, which TensorBoard draws
+        writer.add_text("samples", "\n".join(f"| {' | '.join(line)} |" for line in lines), step)
+        writer.flush()
+
+    def table_to(module) -> Callable:
+        def send(columns: list[str], rows: list[list], step: int) -> None:
+            module.log({"samples": module.Table(columns=columns, data=rows)}, step=step)
+
+        return send
+
+    trackers, tables = [], []
     for name, module in modules.items():
         if name == "tensorboard":
             writer = module.SummaryWriter(output_dir / "tensorboard")
             trackers.append(to_tensorboard)
+            tables.append(text_to_tensorboard)
         else:
             try:
                 module.init(project="dpo", name=run_name or output_dir.name, config=config)
             except Exception as error:  # not logged in, no network
                 raise ValueError(f"report_to {name}: {first_line(error)}") from error
             trackers.append(lambda row, module=module: module.log(row, step=row["step"]))
-    return trackers
+            tables.append(table_to(module))
+    return trackers, tables
+
+
+def show_samples(tables: list[Callable], samples: list[dict], *, step: int) -> None:
+    """Sends sampled answers to the trackers' tables, of `open_trackers`."""
+    for send in tables if samples else ():
+        columns = list(samples[0])
+        send(columns, [[sample[column] for column in columns] for sample in samples], step)
 
 
 CARD = """

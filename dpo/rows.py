@@ -8,7 +8,7 @@ import re
 from decimal import Decimal
 
 ROLES = "system developer user assistant tool function environment ipython".split()
-READ = "prompt chosen rejected completions scores tools chat_template_kwargs margin weight".split()
+READ = "prompt chosen rejected completions scores tools chat_template_kwargs margin weight images".split()
 # Names of columns that hold what this code calls prompt, or what belongs to it; not their ids, sources and kinds.
 QUESTIONS = r"prompt|question|quer(y|ies)|instruct|input|user|problem|task|dialog|convers|messages|history|context|post"
 QUESTIONS += r"|article|trajectory"
@@ -24,10 +24,11 @@ class NothingToLearn(ValueError):
 def canonical_row(row: dict, *, numbers: tuple = (), read_scores: bool = False, allow_ties: bool = False) -> dict:
     """A row in the one form that conversations.py and data.py know, checked.
 
-    Args: row, with chosen and rejected (one completion, or several, best first), or with completions and their scores;
-    numbers, columns to keep; read_scores, keep `scores` beside chosen and rejected, too; allow_ties, of scores.
+    Args: row, with chosen and rejected (one completion, or several, best first), or with completions and their scores,
+    its pictures in the column images (see images.py; a row that has some may call its prompt question); numbers,
+    columns to keep; read_scores, keep `scores` beside chosen and rejected, too; allow_ties, of scores.
     Returns: {"prompt": text, messages or None; "completions": a list, best first; "scores": theirs, or None; "tools";
-    "chat_template_kwargs"; "row": the row itself, for messages} and the numbers.
+    "chat_template_kwargs"; "images": its pictures; "row": the row itself, for messages} and the numbers.
     Raises: ValueError in words that name the column; NothingToLearn where the row is whole and teaches nothing.
     """
     if _is_scored(row):
@@ -41,9 +42,12 @@ def canonical_row(row: dict, *, numbers: tuple = (), read_scores: bool = False, 
         completions = [row.get("chosen"), *(rejected if is_several(rejected) else [rejected])]
         if scores is not None:
             _check_scores(scores, len(completions), sorted_already=True, allow_ties=allow_ties)
-    prompt = _parsed(row.get("prompt"), "'prompt'")
-    canonical = {"prompt": prompt, "completions": completions, "scores": scores, "row": row}
-    canonical["completions"] = [_parsed(each, column_of(canonical, i)) for i, each in enumerate(completions)]
+    images = row.get("images") or []
+    prompt = row.get("question") if images and row.get("prompt") is None else row.get("prompt")
+    prompt = with_plain_content(_parsed(prompt, "'prompt'"))
+    canonical = {"prompt": prompt, "completions": completions, "scores": scores, "images": images, "row": row}
+    parsed = [_parsed(each, column_of(canonical, i)) for i, each in enumerate(completions)]
+    canonical["completions"] = [with_plain_content(each) for each in parsed]
     for column in ("tools", "chat_template_kwargs"):
         canonical[column] = _from_json(row.get(column), column) or None
     kwargs = canonical["chat_template_kwargs"]
@@ -55,6 +59,28 @@ def canonical_row(row: dict, *, numbers: tuple = (), read_scores: bool = False, 
     _check_kinds(canonical)
     _check_unread(canonical)
     return canonical
+
+
+def with_plain_content(messages):
+    """Messages whose content is text wherever it has parts of text alone; what is not messages stays as it is."""
+    if not isinstance(messages, list):
+        return messages
+
+    def is_text(part) -> bool:
+        return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+    def plain(message):
+        content = message.get("content") if isinstance(message, dict) else None
+        is_plain = isinstance(content, list) and all(map(is_text, content))
+        return {**message, "content": text_of(message)} if is_plain else message
+
+    return [plain(message) for message in messages]
+
+
+def text_of(message: dict) -> str:
+    """What a message says: its content, or the text of its content's parts."""
+    content = message.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
 def column_of(canonical: dict, rank: int) -> str:
@@ -96,7 +122,7 @@ def _check_kinds(row: dict) -> None:
         if problem := _problem_of(completion):
             raise ValueError(f"column {column_of(row, rank)}{problem}")
         last = completion[-1] if isinstance(completion, list) and completion else {"content": completion}
-        says = (last.get("content") or "").strip() or last.get("tool_calls") or last.get("function_call")
+        says = text_of(last).strip() or last.get("tool_calls") or last.get("function_call")
         if not says and last.get("role") != "user":
             raise NothingToLearn(f"column {column_of(row, rank)} is empty")
     best = column_of(row, 0)
@@ -218,9 +244,17 @@ def _problem_of_message(message) -> str | None:
         return "has a 'function_call' that is no object"
     if content is None and not calls and not older:
         return "has no 'content'"
-    if content is not None and not isinstance(content, str):
+    for part in content if isinstance(content, list) else ():
+        if not isinstance(part, dict) or part.get("type") not in ("text", "image"):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            return f"has a part of type {kind!r}: it must be text, or image for a model that sees"
+        if part["type"] == "text" and not isinstance(part.get("text"), str):
+            return "has a part of type 'text' without its text"
+        if part["type"] == "image" and role == "assistant":
+            return "is the assistant's and has a picture: only prompts may"
+    if content is not None and not isinstance(content, str | list):
         return f"has a 'content' that is {type(content).__name__}: it must be text"
-    if content is not None and (problem := _problem_of_text(content)):
+    if content is not None and (problem := _problem_of_text(text_of(message))):
         return problem.strip()
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
         return "has 'tool_calls' that are not a list of objects"

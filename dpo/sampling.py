@@ -10,8 +10,10 @@ from tqdm.auto import tqdm
 
 from dpo import report
 from dpo.collate import DataCollatorForPreference
-from dpo.distributed import is_first
-from dpo.reference import Reference
+from dpo.conversations import tokenizer_of
+from dpo.distributed import World, gather_lists
+from dpo.reference import Reference, without_aux_loss
+from dpo.rows import first_line
 
 
 @torch.no_grad()
@@ -27,21 +29,26 @@ def generate_from_model_and_ref(
     """Samples an answer to each of B prompts from policy and reference, at temperature 1, from the whole vocabulary:
     what the model is, not what its generation_config would make of it.
 
-    Args: batch, of the plain layout: prompt_input_ids left-padded, and their mask. Every process takes part.
+    Args: batch, of the plain layout: prompt_input_ids left-padded, their mask, and whatever else it has of the prompts.
     Returns: (B policy answers, B reference answers or None without a reference). Random numbers come from seed alone.
     """
-    prompt = {"input_ids": batch["prompt_input_ids"], "attention_mask": batch["prompt_attention_mask"]}
+    prompt = {key.removeprefix("prompt_"): value for key, value in batch.items() if key.startswith("prompt_")}
+    asked, tokenizer = prompt["input_ids"], tokenizer_of(processing_class)
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
     sampling |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
-    sampling |= {"max_new_tokens": max_new_tokens, "pad_token_id": processing_class.pad_token_id}
+    sampling |= {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
 
     def sample(from_model) -> list[str]:
         with torch.random.fork_rng():  # the same noise for both, and none taken from the training's
             torch.manual_seed(seed)
             # A mixture of experts' balance is worked out over whole sequences, which generation does not have.
-            routed = getattr(from_model.config, "output_router_logits", False)
-            ids = from_model.generate(**prompt, **sampling, **({"output_router_logits": False} if routed else {}))
-        return processing_class.batch_decode(ids[:, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+            try:
+                with without_aux_loss(from_model):
+                    ids = from_model.generate(**prompt, **sampling)
+            except Exception as error:  # of one of many families' own ways to generate, or it has none
+                raise ValueError(f"a {type(from_model).__name__} cannot generate: {first_line(error)}") from error
+        is_repeated = torch.equal(ids[:, : asked.shape[1]], asked)  # not so by an encoder-decoder
+        return tokenizer.batch_decode(ids[:, asked.shape[1] :] if is_repeated else ids, skip_special_tokens=True)
 
     model.eval()
     answers = sample(model)
@@ -49,25 +56,49 @@ def generate_from_model_and_ref(
         return answers, sample(ref_model) if ref_model is not None else None
 
 
-def sample_answers(
-    model, rows, processing_class, *, reward: Callable | None = None, batch_size: int = 8, file=None, **options
-) -> dict[str, float]:
-    """Answers to the prompts of tokenised rows: the first process prints the first few and appends all to file.
+def answers_to(
+    model, rows: list[dict], processing_class, *, read_images: Callable | None = None, **options
+) -> list[dict[str, str]]:
+    """Answers to the prompts of a few tokenised rows: {"prompt", "policy", and "reference" where there is one} of each.
 
-    Args: reward rates an answer to a prompt; options of `generate_from_model_and_ref`.
-    Returns: the mean rewards, under metric names; empty without reward.
+    Args: read_images, the collator's; options of `generate_from_model_and_ref`.
     """
-    samples, collator = [], DataCollatorForPreference(pad_token_id=processing_class.pad_token_id or 0)
-    for start in range(0, len(rows), batch_size):
-        part = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        batch = {key: value.to(model.device) for key, value in collator(part).items()}
-        answers, references = generate_from_model_and_ref(model, batch, processing_class, **options)
-        for i, row in enumerate(part):
-            prompt = processing_class.decode(row["prompt_input_ids"], skip_special_tokens=True)
-            of_reference = {"reference": references[i]} if references else {}
-            samples.append({"prompt": prompt, **of_reference, "policy": answers[i]})
-    if not is_first():
-        return {}
+    tokenizer = tokenizer_of(processing_class)
+    collator = DataCollatorForPreference(tokenizer.pad_token_id or 0, read_images=read_images)
+    batch = {key: value.to(model.device) for key, value in collator(rows).items()}
+    answers, references = generate_from_model_and_ref(model, batch, processing_class, **options)
+    samples = []
+    for i, row in enumerate(rows):
+        prompt = tokenizer.decode(row["prompt_input_ids"], skip_special_tokens=True)
+        of_reference = {"reference": references[i]} if references else {}
+        samples.append({"prompt": prompt, **of_reference, "policy": answers[i]})
+    return samples
+
+
+def sample_answers(
+    model,
+    rows,
+    processing_class,
+    world: World,
+    *,
+    reward: Callable | None = None,
+    batch_size: int = 8,
+    file=None,
+    **options,
+) -> tuple[list[dict], dict[str, float]]:
+    """Answers to the prompts of tokenised rows, the same on any number of processes, which share them: the first one
+    prints the first few and appends all to file.
+
+    Args: reward rates an answer to a prompt; options of `answers_to`.
+    Returns: in the first process, (all answers, the mean rewards under metric names, empty without reward).
+    """
+    batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
+    own = []
+    for numbers in batches[world.rank :: world.size]:
+        own += zip(numbers, answers_to(model, [rows[i] for i in numbers], processing_class, **options), strict=True)
+    samples = [sample for _, sample in sorted(gather_lists(own, world), key=lambda each: each[0])]
+    if world.rank > 0:
+        return [], {}
     for sample in samples if reward else ():
         for who in {"reference", "policy"} & sample.keys():
             sample[f"{who}_reward"] = float(reward(sample["prompt"], sample[who]))
@@ -76,7 +107,7 @@ def sample_answers(
     for sample in samples if file else ():
         report.append_row(file, sample)
     tqdm.write(describe_samples(samples, means))
-    return {f"eval_samples/{key}": value for key, value in means.items()}
+    return samples, {f"eval_samples/{key}": value for key, value in means.items()}
 
 
 def load_reward(name: str | None) -> Callable[[str, str], float] | None:

@@ -151,6 +151,12 @@ def no_picture(request, monkeypatch):
         monkeypatch.setattr("dpo.report.plot_rewards", lambda rows, path: path.write_bytes(b"\x89PNG"))
 
 
+@pytest.fixture
+def unlooked(monkeypatch):
+    """No look at the model before the training, for tests that count its forward passes or its batches."""
+    monkeypatch.setattr("dpo.prepare.check_reading", lambda run: None)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()

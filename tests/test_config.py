@@ -592,7 +592,7 @@ def test_gradient_checkpointing_runs_a_layer_again_in_the_backward_pass(options,
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batch_sizes_and_workers_of_training_and_evaluation(workers, tmp_path, monkeypatch):
+def test_batch_sizes_and_workers_of_training_and_evaluation(workers, tmp_path, monkeypatch, unlooked):
     collate, make, ahead = DataCollatorForPreference(pad_token_id=0), torch.utils.data.DataLoader.__init__, []
 
     def note(features):
@@ -712,15 +712,12 @@ def test_intervals_are_steps_or_shares_of_all_steps_rounded_up(tmp_path):
     assert [row["step"] for row in usual.rows if "eval_loss" in row] == [2, 3]  # as logging_steps
 
 
-def test_layout_is_that_of_the_batches_and_is_refused_where_a_collator_of_the_callers_makes_them(tmp_path):
+def test_layout_is_that_of_the_batches_and_is_refused_where_a_collator_of_the_callers_makes_them(tmp_path, unlooked):
     """Each layout that there is gives the model one row of [prompt, completion, padding] for each sequence."""
     for layout in ("auto", "padded"):
         model, shapes = make_model(), []
         model.register_forward_pre_hook(
-            lambda _, __, inputs, shapes=shapes: shapes.extend(
-                x.shape for x in [inputs.get("logits_to_keep")] if x is not None
-            ),
-            with_kwargs=True,
+            lambda _, __, inputs, shapes=shapes: shapes.append(inputs["logits_to_keep"].shape), with_kwargs=True
         )
         run = start(tmp_path / layout, model=model, rows=ROWS[:8], max_steps=1, layout=layout)
         assert run.collator.layout == "padded"

@@ -1046,7 +1046,7 @@ def test_a_column_that_repeats_what_is_trained_does_no_harm(tokenizer):
     talk = {"chosen": [USER, BLUE], "rejected": [USER, GREEN], "question": "sky?", "system": ""}
     assert prepared([talk], tokenizer)[0] == prepared([CHAT], tokenizer)[0]
     assert len(prepared([{**PAIR, "question": "another", "input": "the sky"}], tokenizer)) == 1
-    assert "trains on text alone" in refusal([{**PAIR, "images": ["a.png"]}])
+    assert "reads text alone" in refusal([{**PAIR, "images": ["a.png"]}])
 
 
 @pytest.mark.parametrize("name", ["pairs[1].jsonl", "a*b.jsonl", "what?.jsonl", "a b.jsonl"])
@@ -1085,7 +1085,7 @@ def test_a_file_in_another_encoding_nested_without_end_or_cut_is_named(name, tmp
 
 def test_what_a_source_holds_beside_its_rows_is_not_passed_over(tmp_path):
     pictured = Dataset.from_list([PAIR]).add_column("picture", [None]).cast_column("picture", Image())
-    assert "column 'picture': this version trains on text alone" in refusal(pictured)
+    assert "column 'picture': the model reads text alone" in refusal(pictured)
     assert "row 1: the key 1 is no text" in refusal([{**PAIR, 1: "a"}])
     (tmp_path / "two.csv").write_text("prompt,chosen,chosen,rejected\nsky?,a,b,c\n")
     assert "two.csv, line 1: two columns are called 'chosen'" in refusal(tmp_path / "two.csv")

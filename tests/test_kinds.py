@@ -25,11 +25,14 @@ NAMED = {"model_adapter_name": "train", "ref_adapter_name": "reference"}
 
 @pytest.fixture(scope="module")
 def sft(tmp_path_factory):
-    """A base model, and adapters that were trained on it before DPO, one with a head of its own."""
+    """A base model, and adapters that were trained on it before DPO: two that are equal but for dropout, and one with a
+    head of its own."""
     folder = tmp_path_factory.mktemp("sft")
     make_model(hidden_size=64, intermediate_size=128).save_pretrained(folder / "base")
     make_tokenizer().save_pretrained(folder / "base")
-    for name, options in (("adapter", {}), ("with-head", {"modules_to_save": ["lm_head"]})):
+    adapters = {"adapter": {}, "noisy": {"lora_dropout": 0.5}, "with-head": {"modules_to_save": ["lm_head"]}}
+    for name, options in adapters.items():
+        torch.manual_seed(0)
         lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", **options)
         model = get_peft_model(load_model(str(folder / "base")), lora)
         with torch.no_grad():
@@ -246,6 +249,26 @@ def test_columns_of_the_dataset_are_the_reference(tmp_path):
 RESUMED = ["frozen adapter", "two names", "two instances", "cached", "synced", "synced names", "dora", "pissa", "qlora"]
 
 
+QUANTISED = "__bnb_optimizer_quant_state__"  # where bitsandbytes puts what it saves of a tensor
+
+
+def whole_and_resumed(folder, **options):
+    """A run, and the same stopped after its 8th step and gone on with from the 5th; they are equal to the bit."""
+    options = {**STEPS, "rows": ROWS, "save_strategy": "steps", "save_steps": 5, **options}
+    whole = start(folder / "whole", **options)
+
+    def stop(row):
+        if row["step"] == 8:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        start(folder / "cut", callbacks=[stop], **options)
+    resumed = start(folder / "cut", resume_from_checkpoint="true", **options)
+    assert told(resumed) == told(whole) and len(told(whole)) == 12
+    assert same(weights(whole.model), weights(resumed.model))
+    return whole, resumed
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RESUMED)
 def test_a_run_of_each_kind_goes_on_as_if_it_had_never_stopped(kind, sft, tmp_path):
@@ -257,19 +280,19 @@ def test_a_run_of_each_kind_goes_on_as_if_it_had_never_stopped(kind, sft, tmp_pa
         "pissa": {"model": base, **fresh, "init_lora_weights": "pissa"},
         "qlora": {"model": base, **fresh, "load_in_4bit": True, "use_bnb_nested_quant": True},
     }
-    options = {**STEPS, **ways[kind], "save_strategy": "steps", "save_steps": 5}
-    whole = start(tmp_path / "whole", rows=ROWS, **options)
-
-    def stop(row):
-        if row["step"] == 8:
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        start(tmp_path / "cut", rows=ROWS, callbacks=[stop], **options)
-    resumed = start(tmp_path / "cut", rows=ROWS, resume_from_checkpoint="true", **options)
-    assert told(resumed) == told(whole) and len(told(whole)) == 12
-    assert same(weights(whole.model), weights(resumed.model))
+    whole, _ = whole_and_resumed(tmp_path, **ways[kind])
     assert whole.rows[0]["rewards/chosen"] == 0
+
+
+def test_an_optimizer_of_8_bits_goes_on_as_if_it_had_never_stopped(sft, tmp_path):
+    """bitsandbytes does so with tensors of 4096 numbers or more: here with the matrices, those of k and v left out."""
+    _, resumed = whole_and_resumed(tmp_path, model=str(sft / "base"), optim="adamw_8bit")
+    saved = torch.load(tmp_path / "cut" / "checkpoint-5" / "state.pt", weights_only=True)["optimizer"]["state"]
+    for states in (resumed.optimizer.state, {key: state[QUANTISED] for key, state in saved.items()}):
+        moments = [state[name] for state in states.values() for name in ("state1", "state2")]
+        assert len(moments) == 2 * len(list(resumed.model.parameters()))
+        kinds_of = {size: {m.dtype for m in moments if (m.numel() >= 4096) == size} for size in (True, False)}
+        assert kinds_of == {True: {torch.uint8}, False: {torch.float32}}
 
 
 WRONG = {
@@ -424,6 +447,53 @@ def test_two_processes_equal_one_with_every_kind(sft, tmp_path):
         assert left[0][0][2] == pytest.approx(0, abs=1e-5) and abs(left[0][-1][2]) > 1e-4
 
 
+def by_two_processes(folder, name: str, rows, eval_rows=(), **options) -> tuple[list[dict], str]:
+    """What a run of two processes, by torchrun, leaves in metrics.jsonl, and what it says."""
+    for file, own in (("rows.jsonl", rows), ("held-out.jsonl", eval_rows)):
+        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in own))
+    options |= {"dataset_name": "rows.jsonl", "output_dir": name, "learning_rate": 1e-3, "logging_steps": 1}
+    options |= {"save_strategy": "no", "use_cpu": True} | ({"eval_dataset_name": "held-out.jsonl"} if eval_rows else {})
+    (folder / f"{name}.yaml").write_text(json.dumps(options))  # which is YAML, too
+    said = run("dpo.loop", "--config", f"{name}.yaml", processes=2, cwd=folder).stderr
+    return lasting(read(folder / name)), said
+
+
+def lasting(rows: list[dict]) -> list[dict]:
+    """Metrics rows without what the clock decides, or, where the rewards are 0, the rounding."""
+    left_out = ("tokens_per_second", "rewards/accuracies")
+    return [{key: value for key, value in row.items() if key not in left_out} for row in rows]
+
+
+@pytest.mark.slow
+def test_two_processes_find_all_that_two_worked_out(sft, tmp_path):
+    options = {"model_name_or_path": str(sft / "adapter"), "num_train_epochs": 2, "per_device_train_batch_size": 4}
+    options |= {"precompute_ref_log_probs": True, "ref_cache_dir": "cache"}
+    cold, said = by_two_processes(tmp_path, "cold", ROWS, **options)
+    assert "log π_ref of 0 rows found, 24 to be worked out" in said
+    parts = set((tmp_path / "cache").rglob("*.parquet"))  # what a process works out it adds
+    warm, said = by_two_processes(tmp_path, "warm", ROWS, **options)
+    assert "log π_ref of 24 rows found, 0 to be worked out" in said
+    assert set((tmp_path / "cache").rglob("*.parquet")) == parts
+    assert warm == cold and len(cold) == 6 and abs(cold[-1]["rewards/margins"]) > 1e-4
+
+
+@pytest.mark.slow
+def test_two_processes_with_cached_rankings_and_an_evaluation_equal_one(sft, tmp_path, monkeypatch):
+    rows, eval_rows = make_rankings(17), make_rankings(9, seed=1)  # of each, one process is without the last
+    adapter, half = str(sft / "adapter"), {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    options = {"loss_type": "plackett_luce", "eval_strategy": "epoch", "max_steps": 6}
+    cached = {**options, "precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / "cache")}
+    two, said = by_two_processes(tmp_path, "two", rows, eval_rows, **half, **cached, model_name_or_path=adapter)
+    assert "of 0 rows found, 17 to be worked out" in said and "of 0 rows found, 9 to be worked out" in said
+    one = {"model": adapter, "rows": rows, "eval_rows": eval_rows}
+    start(tmp_path / "online", **one, **options)
+    assert Counted(monkeypatch).of(tmp_path / "cached", **one, **cached) == 0  # but finds what two worked out
+    assert len(two) == 6 + 2 and "eval_rewards/margins" in two[-1]
+    for name in ("online", "cached"):
+        assert lasting(read(tmp_path / name)) == [pytest.approx(row, abs=1e-5) for row in two], name
+
+
+@pytest.mark.slow
 def test_an_adapter_s_digest_is_the_same_in_every_process_and_tells_models_apart(sft, tmp_path):
     code = "import sys; from dpo.models import load_model; from dpo.reference import Reference, reference_digest\n"
     code += "model = load_model(sys.argv[1]); print(reference_digest(Reference(model, ref_model=model), precision=''))"
@@ -491,3 +561,29 @@ def test_references_of_quantised_models_are_their_start(bits, sft, tmp_path):
         rows = told(start(tmp_path / kind, rows=ROWS, **STEPS, **ways[kind], **{bits: True}))
         assert rows[0][0] == pytest.approx(0.6931472, abs=1e-6) and rows[0][2:4] == pytest.approx((0, 0), abs=1e-6)
         assert abs(rows[-1][2]) > 1e-3
+
+
+OWN = {"adapter": {}, "attention": {"model_init_kwargs": {"attention_dropout": 0.5}}}
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_a_quantised_reference_has_no_dropout_though_its_policy_has(own, sft, tmp_path):
+    common = {"rows": ROWS[:12], **STEPS, "load_in_4bit": True, "disable_dropout": False}
+    noisy = {"model": str(sft / "noisy"), **OWN[own]}
+
+    def cached(name, **options):
+        cache = {"precompute_ref_log_probs": True, "ref_cache_dir": str(tmp_path / f"cache-{name}")}
+        run_ = start(tmp_path / name, **common, **cache, **options)
+        return told(run_), [run_.train_rows[column][:] for column in reference.CACHED]
+
+    (curve, logps), (plain_curve, plain) = cached("a", **noisy), cached("plain", model=str(sft / "adapter"))
+    other_curve, other = cached("b", seed=1, **noisy)
+    assert logps == plain == other
+    assert curve != plain_curve and curve != other_curve  # the policy has its dropout
+    assert told(start(tmp_path / "online", **common, **noisy)) == curve  # and draws the same: the reference draws none
+
+
+def test_a_quantised_policy_is_evaluated_with_the_kernels_of_its_reference(sft, tmp_path):
+    options = {"load_in_8bit": True, "use_peft": True, "eval_strategy": "steps", "eval_on_start": True}
+    row = start(tmp_path / "run", str(sft / "base"), eval_rows=make_rows(6), **options, max_steps=1).rows[0]
+    assert row["eval_rewards/chosen"] == 0 and row["eval_loss"] == pytest.approx(0.693147, abs=1e-5)

@@ -316,15 +316,10 @@ def test_rows_longer_than_learned_positions_are_refused_in_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{}, {"reference_free": True}, *({"loss_type": x} for x in NO_REFERENCE)], ids=str)
-def test_a_reference_runs_only_where_the_loss_looks_at_it(tmp_path, options):
+def test_a_reference_runs_only_where_the_loss_looks_at_it(tmp_path, options, unlooked):
     model, forwards = make_model(), []
 
-    # Counts those of copies of the model, too; not the look at whether it is causal.
-    def count(module, arguments, inputs, output) -> None:
-        if "logits_to_keep" in inputs:
-            forwards.append(1)
-
-    model.register_forward_hook(count, with_kwargs=True)
+    model.register_forward_hook(lambda *_: forwards.append(1))  # counts those of copies of the model, too
     if options:
         model.__deepcopy__ = lambda memo: pytest.fail("a reference was made")
     row = start(tmp_path, model=model, beta=0.5, max_steps=1, **options).rows[0]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, GPT2
 
 from dpo.config import DPOConfig, UserError
 from dpo.loop import train
-from dpo.models import disable_dropout, load_model, load_tokenizer, make_optimizer
+from dpo.models import disable_dropout, load_model, load_processor, make_optimizer
 
 
 def lora(model: torch.nn.Module, **options) -> torch.nn.Module:
@@ -80,16 +80,16 @@ def test_an_adapter_comes_in_the_revision_that_is_named_with_its_base_and_the_ba
         assert any(parameter.requires_grad for parameter in loaded.parameters())
         snapshot = str(repository / "snapshots" / f"of-{revision}")  # PEFT saves no tokenizer with an adapter
         for where, at in (("someone/adapter", {"revision": revision}), (snapshot, {})):
-            assert load_tokenizer(where, **at).eos_token == "<|im_end|>"
+            assert load_processor(where, **at).eos_token == "<|im_end|>"
 
 
 def test_a_tokenizer_without_a_padding_token_pads_with_eos(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
-    assert load_tokenizer(str(tmp_path)).pad_token == "<|im_end|>"
+    assert load_processor(str(tmp_path)).pad_token == "<|im_end|>"
     make_tokenizer().save_pretrained(tmp_path)
-    assert load_tokenizer(str(tmp_path)).pad_token == "<|pad|>"
+    assert load_processor(str(tmp_path)).pad_token == "<|pad|>"
 
 
 def test_weight_decay_spares_norms():

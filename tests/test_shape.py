@@ -40,8 +40,8 @@ IMPORTS = {path.stem: siblings(path) for path in FILES}
 
 
 def test_the_data_flows_along_one_straight_line():
-    assert IMPORTS["rows"] == IMPORTS["collate"] == IMPORTS["losses"] == set()
-    assert IMPORTS["conversations"] == {"rows"} and IMPORTS["data"] == {"rows", "conversations"}
+    assert IMPORTS["rows"] == IMPORTS["images"] == IMPORTS["collate"] == IMPORTS["losses"] == set()
+    assert IMPORTS["conversations"] == {"rows"} and IMPORTS["data"] == {"rows", "conversations", "images"}
     assert IMPORTS["logprobs"] <= {"collate"}
     assert IMPORTS["reference"] <= {"logprobs", "collate"}
 

@@ -22,7 +22,7 @@ from dpo.distributed import World
 from dpo.logprobs import concatenated_forward
 from dpo.loop import train
 from dpo.losses import dpo_loss
-from dpo.models import add_adapter, load_model, load_tokenizer, make_optimizer
+from dpo.models import add_adapter, load_model, load_processor, make_optimizer
 from dpo.reference import Reference, frozen_copy
 from dpo.sources import load_preferences
 
@@ -46,7 +46,7 @@ model_dir, pairs_file = str(EXAMPLE.parent / "model"), str(EXAMPLE.parent / "tra
 beta, learning_rate, batch_size, steps = 0.1, 2e-4, 16, 40
 
 set_seed(42)
-tokenizer = load_tokenizer(model_dir)
+tokenizer = load_processor(model_dir)
 rows = prepare_dataset(load_preferences(pairs_file), tokenizer)
 policy = load_model(model_dir)
 reference = Reference(policy, frozen_copy(policy))
