@@ -1,14 +1,24 @@
-"""Talk to a trained model: `python -m dpo.chat --model_name_or_path DIR`. With --prompt it answers once and ends."""
+"""Talk to a trained model: `python -m dpo.chat --model_name_or_path DIR`. With --prompt it answers once and ends; with
+--compare REF a second model answers, too, before it; with --image FILE the first question shows a picture."""
 
 import argparse
+import shutil
 import sys
+import textwrap
 
 import torch
 from transformers import TextStreamer, set_seed
 from transformers.utils import logging as transformers_logging
 
 from dpo import models
-from dpo.rows import first_line
+from dpo.collate import DataCollatorForPreference
+from dpo.conversations import sees, takes_parts, tokenizer_of, with_parts
+from dpo.data import image_inputs
+from dpo.distributed import unwrap
+from dpo.images import as_stored
+from dpo.reference import without_aux_loss
+from dpo.rows import first_line, text_of
+from dpo.sampling import generation_error
 
 HELP = "/reset forgets the conversation, /quit ends it (so does Ctrl-D); Ctrl-C stops an answer."
 
@@ -16,7 +26,9 @@ HELP = "/reset forgets the conversation, /quit ends it (so does Ctrl-D); Ctrl-C 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="dpo.chat", description=__doc__)
     parser.add_argument("--model_name_or_path", required=True, help="Hub name or directory, an adapter's too")
+    parser.add_argument("--compare", metavar="REF", help="another one, whose answers are shown beside")
     parser.add_argument("--prompt", help="answer this and end")
+    parser.add_argument("--image", action="append", default=[], help="picture of the first question; may be repeated")
     parser.add_argument("--system_prompt", help="stands before the conversation")
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token each time")
@@ -36,13 +48,19 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(f"error: {words}")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    name, trust = args.model_name_or_path, {"trust_remote_code": args.trust_remote_code}
+    speakers = {}
     try:
-        model = models.load_model(name, dtype=args.dtype, **trust).eval()
-        tokenizer = models.load_processor(name, **trust)
+        for name in filter(None, (args.model_name_or_path, args.compare)):
+            trust = {"trust_remote_code": args.trust_remote_code}
+            model = models.load_model(name, dtype=args.dtype, **trust).eval()
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+            speakers[name] = (model, models.load_processor(name, **trust))
+            check_answers(*speakers[name])
+        images = [as_stored(image) for image in args.image]
+        if images and not all(sees(processor) for _, processor in speakers.values()):
+            raise ValueError("--image is for a model that sees: leave it out")
     except ValueError as error:
         sys.exit(f"error: {error}")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     set_seed(args.seed)
     sampling = {"do_sample": args.temperature > 0, "max_new_tokens": args.max_new_tokens}
     if args.temperature > 0:
@@ -51,16 +69,35 @@ def main(argv: list[str] | None = None) -> None:
     start = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
     if args.prompt is not None:
         try:
-            answer(model, tokenizer, [*start, {"role": "user", "content": args.prompt}], sampling)
+            answers_of(speakers, {name: [*start, question(args.prompt, images)] for name in speakers}, images, sampling)
         except ValueError as error:
             sys.exit(f"error: {error}")
     else:
-        converse(model, tokenizer, start, sampling)
+        converse(speakers, start, images, sampling)
 
 
-def converse(model: torch.nn.Module, tokenizer, start: list[dict], sampling: dict) -> None:
+def check_answers(model: torch.nn.Module, processor) -> None:
+    """Refuses a model that would answer by other logits than it was trained to have: so some families' caches."""
+    tokenizer = tokenizer_of(processor)
+    ids = tokenizer("Hello, who are you?", add_special_tokens=False)["input_ids"]
+    row = dict.fromkeys(("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"), ids)
+    start = models.decoder_start_ids(model) if getattr(model.config, "is_encoder_decoder", False) else None
+    collator = DataCollatorForPreference(tokenizer.pad_token_id or 0, "padded", decoder_start_ids=start)
+    error = generation_error(model, [row], collator)
+    if error > (0.05 if model.dtype == torch.float32 else 1.0):
+        raise ValueError(f"{type(unwrap(model)).__name__} generates by other logits than it trains (by {error:.2g})")
+
+
+def question(text: str, images: list) -> dict:
+    places = [{"type": "image"}] * len(images)
+    return {"role": "user", "content": [*places, {"type": "text", "text": text}] if images else text}
+
+
+def converse(speakers: dict, start: list[dict], images: list, sampling: dict) -> None:
+    """Asks and answers until the end of input. Each of the speakers, {name: (model, processor)}, has a conversation of
+    its own: to the same questions its own answers."""
     print(HELP)
-    messages = list(start)
+    said = {name: list(start) for name in speakers}
     while True:
         try:
             text = input("\nyou> ").strip()
@@ -71,31 +108,65 @@ def converse(model: torch.nn.Module, tokenizer, start: list[dict], sampling: dic
             return
         if text.startswith("/"):
             print("(forgotten)" if text == "/reset" else HELP)
-            messages = list(start) if text == "/reset" else messages
+            said = {name: list(start) for name in speakers} if text == "/reset" else said
         elif text:
-            messages.append({"role": "user", "content": text})
+            asked = question(text, images if not any(m["role"] == "user" for m in next(iter(said.values()))) else [])
             try:
-                messages.append({"role": "assistant", "content": answer(model, tokenizer, messages, sampling)})
-            except KeyboardInterrupt:
-                messages.pop()  # the question goes with the answer that was cut short
+                answers = answers_of(speakers, {name: [*said[name], asked] for name in speakers}, images, sampling)
+                for name, answer_ in answers.items():
+                    said[name] += [asked, {"role": "assistant", "content": answer_}]
+            except KeyboardInterrupt:  # the question goes with the answer that was cut short
                 print("(stopped)")
             except ValueError as error:
-                messages.pop()
                 print(f"({error})")
 
 
-def answer(model: torch.nn.Module, tokenizer, messages: list[dict], sampling: dict) -> str:
-    """Prints the answer to a conversation while it is made, and returns it. Without a chat template the model goes on
-    from the last message's text. Raises: ValueError in one line if the template or the model cannot take it."""
-    if tokenizer.chat_template:
-        options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+def answers_of(speakers: dict, said: dict[str, list[dict]], images: list, sampling: dict) -> dict[str, str]:
+    """{name: its answer to its conversation}; printed while it is made where one speaks, side by side where two do."""
+    if len(speakers) == 1:
+        ((name, (model, processor)),) = speakers.items()
+        return {name: answer(model, processor, said[name], sampling, images=images)}
+    answers = {}
+    for name, (model, processor) in speakers.items():
+        answers[name] = answer(model, processor, said[name], sampling, images=images, streams=False)
+    print(side_by_side(answers, width=shutil.get_terminal_size().columns))
+    return answers
+
+
+def side_by_side(texts: dict[str, str], *, width: int) -> str:
+    """Texts in columns under their names, wrapped to fit."""
+    own = (width - 3 * (len(texts) - 1)) // len(texts)
+    columns = []
+    for name, text in texts.items():
+        lines = [part for line in text.splitlines() for part in textwrap.wrap(line, own) or [""]]
+        columns.append([name[-own:], "─" * own, *lines])
+    height = max(map(len, columns))
+    rows = zip(*(column + [""] * (height - len(column)) for column in columns), strict=True)
+    return "\n".join(" │ ".join(cell.ljust(own) for cell in row).rstrip() for row in rows)
+
+
+def answer(
+    model: torch.nn.Module, processor, messages: list[dict], sampling: dict, *, images: list = (), streams: bool = True
+) -> str:
+    """The answer to a conversation with its pictures; streams, printed while it is made. Without a chat template the
+    model goes on from the last message's text. Raises: ValueError in one line if the template or the model cannot
+    take it."""
+    tokenizer = tokenizer_of(processor)
+    if processor.chat_template:
+        messages = with_parts(messages) if takes_parts(processor, str(processor.chat_template)) else messages
         try:
-            inputs = tokenizer.apply_chat_template(messages, **options)
+            text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template may raise anything
             raise ValueError(f"the chat template cannot take this conversation: {first_line(error)}") from error
+        inputs = {} if images else tokenizer(text, add_special_tokens=False, return_tensors="pt")
     else:
-        inputs = tokenizer(messages[-1]["content"], return_tensors="pt")
-    inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
+        text = "".join(["" if not images else str(getattr(processor, "image_token", "")) * len(images)])
+        text += text_of(messages[-1])
+        inputs = {} if images else tokenizer(text, return_tensors="pt")
+    if images:
+        inputs = image_inputs(text, images, processor)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs = {key: value.to(model.device) for key, value in inputs.items() if key != "token_type_ids" or images}
     length, limit = (
         inputs["input_ids"].shape[1],
         getattr(model.config.get_text_config(), "max_position_embeddings", None),
@@ -104,12 +175,11 @@ def answer(model: torch.nn.Module, tokenizer, messages: list[dict], sampling: di
         raise ValueError(f"the conversation has {length} tokens, the model reads {limit}: make it shorter")
     if not length:
         raise ValueError("there is nothing to answer: write something")
-    if getattr(model.config, "output_router_logits", False):
-        sampling = {**sampling, "output_router_logits": False}
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with torch.no_grad():
-        ids = model.generate(**inputs, **sampling, streamer=streamer, pad_token_id=tokenizer.pad_token_id)
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    reads_apart = getattr(model.config, "is_encoder_decoder", False)
+    streamer = TextStreamer(tokenizer, skip_prompt=not reads_apart, skip_special_tokens=True) if streams else None
+    with torch.no_grad(), without_aux_loss(model):
+        ids = model.generate(**inputs, **sampling, streamer=streamer, pad_token_id=tokenizer.pad_token_id)[0]
+    return tokenizer.decode(ids if reads_apart else ids[length:], skip_special_tokens=True)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def joined_tensors(features: list[dict], *, width: int) -> dict[str, torch.Tenso
     for name in dict.fromkeys(key for row in features for key, value in row.items() if isinstance(value, torch.Tensor)):
         own = [(row.get(name), len(row["prompt_input_ids"])) for row in features]
         value, tokens = next((value, tokens) for value, tokens in own if value is not None)
-        if is_of_tokens(value, torch.Size((1, tokens))):
+        if is_of_tokens(name, value, (1, tokens)):
             none = value[:, :0]
             rows = [(none if each is None else each).flip(1) for each, _ in own]  # so that zeros come on the left
             joined[f"prompt_{name}"] = join(rows, least=width).flip(1)
@@ -172,7 +172,7 @@ def padded_batch(batch: dict[str, torch.Tensor], padding_value: int = 0) -> dict
     keep = F.pad(completion[:, 1:], (0, 1)).bool()  # shift by one: position t predicts token t + 1
     inputs = {"input_ids": ids.masked_fill(mask == 0, padding_value), "attention_mask": mask, "logits_to_keep": keep}
     for name, value in others.items():
-        if is_of_tokens(value, joined["prompt_input_ids"].shape):
+        if is_of_tokens(name, value, joined["prompt_input_ids"].shape):
             value = go_on(value, joined["completion_input_ids"].shape[1])
             value = value[present][torch.arange(len(order), device=order.device)[:, None], order]
         inputs[name] = value
@@ -231,9 +231,10 @@ def tokens_first(mask: torch.Tensor) -> torch.Tensor:
     return torch.argsort(mask, dim=1, descending=True, stable=True)[:, : int(mask.sum(dim=1).max())]
 
 
-def is_of_tokens(value: torch.Tensor, shape: torch.Size) -> bool:
-    """Whether a tensor has something for each token of prompts of that shape, and not for their pictures."""
-    return value.shape[:2] == shape and not value.is_floating_point()
+def is_of_tokens(name: str, value: torch.Tensor, shape: tuple[int, int]) -> bool:
+    """Whether a tensor has something for each token of prompts of that shape, as token_type_ids, and not for their
+    pictures."""
+    return name.endswith(("_ids", "_mask")) and tuple(value.shape[:2]) == tuple(shape)
 
 
 def go_on(value: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -67,7 +67,9 @@ class DPOConfig:
     lora_r: int = option(16, "Rank of the adapter.", least=1, needs="use_peft")
     lora_alpha: int = option(32, "The adapter's output is scaled by lora_alpha / lora_r.", least=1, needs="use_peft")
     lora_dropout: float = option(0.0, "Dropout of the adapter alone.", least=0, below=1, needs="use_peft")
-    lora_target_modules: Words = option(None, "Modules to adapt; by default PEFT's choice.", needs="use_peft")
+    lora_target_modules: Words = option(
+        None, "Modules to adapt; by default PEFT's choice, or all-linear.", needs="use_peft"
+    )
     lora_modules_to_save: Words = option(None, "Modules to train whole, beside the adapter.", needs="use_peft")
     use_dora: bool = option(False, "Train the lengths of the weights' columns, too (DoRA).", needs="use_peft")
     use_rslora: bool = option(False, "Scale by lora_alpha / √lora_r.", needs="use_peft")

@@ -303,7 +303,10 @@ def evaluate_sets(run: Run, *, is_saved: bool = False) -> None:
         common = (eval_rows, run.processing_class, run.world)
         options = {"reference": run.reference, "read_images": getattr(run.collator, "read_images", None)}
         options |= {"reward": run.reward, "max_new_tokens": args.max_new_tokens, "seed": args.seed}
-        options |= {"batch_size": args.per_device_eval_batch_size, "file": run.output_dir / "samples.jsonl"}
+        options |= {
+            "batch_size": 1 if run.answers_alone else args.per_device_eval_batch_size,
+            "file": run.output_dir / "samples.jsonl",
+        }
         with autocast(args, run.world), user_errors():
             samples, means = sampling.sample_answers(run.model, *common, **options)
             report.show_samples(run.tables, samples, step=step)

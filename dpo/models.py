@@ -4,12 +4,14 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import logging
 import math
 import re
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +28,8 @@ from dpo.conversations import tokenizer_of
 from dpo.distributed import unwrap
 from dpo.logprobs import concatenated_forward, forward_kept_positions
 from dpo.rows import first_line
+
+logger = logging.getLogger("dpo")
 
 
 def class_of(config) -> type:
@@ -89,15 +93,15 @@ def load_model(
 
 
 @torch.no_grad()
-def check_reading(model: torch.nn.Module, alone: dict, together: dict) -> None:
+def check_reading(model: torch.nn.Module, alone: dict, together: dict, *, is_quiet: bool) -> None:
     """Refuses a model that would be trained on something else than log π(y|x), by what it says of a row.
 
     Its positions must not see later ones (those of BERT, loaded as if it were a decoder, do: it would read the answer):
     with another last token the logits before it stay the same, but for noise, which the same row again shows, and which
     is somebody else's to refuse. And in float32 a row must have the same log-probabilities alone and beside another
-    (not so where a batch's tokens compete for the room of an expert).
+    (not so where a batch's tokens compete for the room of an expert), and in training mode those of evaluation.
 
-    Args: alone, a ready batch of one row; together, of that row and another.
+    Args: alone, a ready batch of one row; together, of that row and another; is_quiet, whether no dropout is left.
     """
     kind, was_training, inputs = type(unwrap(model)).__name__, model.training, alone["inputs"]
     keep, decoder = inputs["logits_to_keep"], "decoder_input_ids" in inputs
@@ -113,6 +117,9 @@ def check_reading(model: torch.nn.Module, alone: dict, together: dict) -> None:
         model.eval()
         first, again, other = (forward_kept_positions(model, each)[1] for each in (both[0], both[0], both[1]))
         by_itself, beside = (concatenated_forward(model, batch)["chosen_logps"][0] for batch in (alone, together))
+        if is_quiet:
+            with torch.random.fork_rng():
+                trained = concatenated_forward(model.train(), alone)["chosen_logps"][0]
     finally:
         model.train(was_training)
     row, position = keep.nonzero().T
@@ -122,13 +129,19 @@ def check_reading(model: torch.nn.Module, alone: dict, together: dict) -> None:
     share = 0.1 if getattr(model, "is_quantized", False) else 1e-3  # 8 bits are rounded by what a batch has
     if earlier > share * now + 10 * noise:
         raise ValueError(f"{kind} sees later tokens, it is no causal language model: take one that generates text")
-    exact = all(parameter.dtype == torch.float32 for parameter in model.parameters()) and noise == 0
-    exact = (
-        exact and torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled(ids.device.type)
-    )
-    if exact and abs(by_itself - beside) > 1e-3 * abs(by_itself) + 1e-3:
+    if any(p.dtype != torch.float32 for p in model.parameters()) or torch.is_autocast_enabled(ids.device.type) or noise:
+        return
+    if torch.get_float32_matmul_precision() != "highest":
+        return
+    tolerance = 1e-3 * abs(by_itself) + 1e-3
+    if abs(by_itself - beside) > tolerance:
         nats = f"{float(by_itself):.4f} and {float(beside):.4f} nats"
         raise ValueError(f"{kind} gives a completion other log-probabilities beside other rows than alone ({nats})")
+    if is_quiet and abs(by_itself - trained) > tolerance:
+        nats = f"{float(trained):.4f} and {float(by_itself):.4f} nats"
+        raise ValueError(
+            f"{kind} gives other log-probabilities in training than in evaluation, without dropout ({nats})"
+        )
 
 
 def not_finite(model: torch.nn.Module) -> str | None:
@@ -190,11 +203,16 @@ def load_processor(name: str, *, revision: str = "main", trust_remote_code: bool
     if base and not has_file(name, "tokenizer_config.json", revision=revision):
         name, revision = base, "main"  # PEFT itself saves an adapter without its tokenizer
     try:
-        kind = AutoProcessor if sees else AutoTokenizer
-        processor = kind.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        processor, where = None, {"revision": revision, "trust_remote_code": trust_remote_code}
+        if sees:
+            try:
+                processor = AutoProcessor.from_pretrained(name, **where)
+            except Exception as error:
+                why = first_line(error)
+                logger.warning("%s: no processor can be loaded, rows may not have pictures: %s", name, why)
+        processor = processor or AutoTokenizer.from_pretrained(name, **where)
     except Exception as error:  # as above
-        what = "processor" if sees else "tokenizer"
-        raise ValueError(f"cannot load the {what} of {str(name)!r}: {first_line(error)}") from error
+        raise ValueError(f"cannot load the tokenizer of {str(name)!r}: {first_line(error)}") from error
     tokenizer = tokenizer_of(processor)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -234,7 +252,8 @@ def skeleton(name: str, **kwargs) -> torch.nn.Module | None:
 
 
 def check_adapter(model: torch.nn.Module, peft_config) -> PeftConfig:
-    """peft_config (a peft.PeftConfig, or a dict of LoraConfig's arguments) as a PeftConfig that fits a model."""
+    """peft_config (a peft.PeftConfig, or a dict of LoraConfig's arguments) as a PeftConfig that fits a model: where it
+    names no modules, and PEFT has no choice of its own for the family, all linear layers are adapted."""
     if isinstance(model, PeftModel):
         raise ValueError("the model has an adapter already, which trains on: leave out use_peft and peft_config")
     try:
@@ -243,6 +262,10 @@ def check_adapter(model: torch.nn.Module, peft_config) -> PeftConfig:
         peft_config = LoraConfig(task_type=task, **peft_config) if isinstance(peft_config, dict) else peft_config
     except TypeError as error:
         raise ValueError(f"peft_config: {first_line(error)}") from error
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    is_open = [getattr(peft_config, name, "none") for name in ("target_modules", "target_parameters")] == [None, None]
+    if is_open and kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        peft_config.target_modules = "all-linear"
     if peft_config.is_prompt_learning:
         raise ValueError("prompt learning puts tokens before the text, which moves the completion: use LoRA")
     for option in ("target_modules", "modules_to_save"):
@@ -359,17 +382,15 @@ def check_trainable(model: torch.nn.Module, *, fp16: bool) -> None:
 
 
 def disable_dropout(model: torch.nn.Module) -> None:
-    """Sets every dropout probability of a model to 0: nn.Dropout's, and the numbers that attention layers, routers
-    (their jitter) and configurations hold. Such noise on one side of log π/π_ref would be noise in the reward. Adapters
-    keep theirs."""
+    """Sets every dropout probability of a model to 0: nn.Dropout's, and the numbers that attention layers and
+    configurations hold. Dropout noise on one side of log π/π_ref would be noise in the reward. Adapters keep theirs."""
     modules = [module for path, module in model.named_modules() if "lora_dropout" not in path]
     for module in modules:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     for holder in [*modules, *(module.config for module in modules if getattr(module, "config", None) is not None)]:
-        for name, value in dict(vars(holder)).items():
-            if isinstance(value, float) and ("drop" in name or "jitter" in name):
-                setattr(holder, name, 0.0)
+        for name in [name for name, value in vars(holder).items() if "drop" in name and isinstance(value, float)]:
+            setattr(holder, name, 0.0)
 
 
 def make_optimizer(

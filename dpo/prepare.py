@@ -91,6 +91,7 @@ class Run:
     scaler: torch.amp.GradScaler | None = None
     state: TrainingState = field(default_factory=TrainingState)
     same_run: dict | None = None  # what a run must share with this one to go on from its checkpoints
+    answers_alone: bool = False  # whether the model must not be asked several prompts at once
     signals: list[int] = field(default_factory=list)  # that told the run to stop
     lock: object = None  # the open file that keeps other runs out of output_dir
     bar: tqdm | None = None
@@ -382,19 +383,26 @@ def prepare_rows(run: Run, source, split: str, subset: str | None, apart: bool) 
 
 
 def check_reading(run: Run) -> None:
-    """Tries the model on the shortest training row, alone and beside another one, as `models.check_reading` has it."""
-    rows = run.train_rows
+    """Tries the model on the shortest training row, alone and beside another one: it must read them as
+    `models.check_reading` has it, and where answers are sampled generate what it has learnt to say."""
+    args, rows = run.args, run.train_rows
     order = sorted(range(len(rows)), key=rows["length"][:].__getitem__)
-    numbers = [order[0], order[len(order) // 4]]
-    alone, together = (
-        moved(ready_batch(run.collator([rows[i] for i in each]), run.model), run.world.device)
-        for each in (numbers[:1], numbers)
-    )
-    with autocast(run.args, run.world):
-        models.check_reading(run.model, alone, together)
-        if run.args.generate_during_eval:
-            read = {"read_images": getattr(run.collator, "read_images", None), "max_new_tokens": 2}
-            sampling.answers_to(run.model, [rows[order[0]]], run.processing_class, **read)
+    alone, together = ([rows[i] for i in each] for each in (order[:1], [order[0], order[len(order) // 4]]))
+    batches = (moved(ready_batch(run.collator(each), run.model), run.world.device) for each in (alone, together))
+    drops = any("lora_dropout" in name and getattr(m, "p", 0) > 0 for name, m in run.model.named_modules())
+    with autocast(args, run.world):
+        models.check_reading(run.model, *batches, is_quiet=args.disable_dropout and not drops)
+    if not args.generate_during_eval:
+        return
+    collator = make_collator(run.processing_class, run.model, args=args)
+    exact = not (args.bf16 or args.fp16) and all(p.dtype == torch.float32 for p in run.model.parameters())
+    tolerance = 0.05 if exact else 1.0
+    with autocast(args, run.world):
+        error, beside = (sampling.generation_error(run.model, each, collator) for each in (alone, together))
+    if error > tolerance:
+        kind = type(distributed.unwrap(run.model)).__name__
+        raise UserError(f"generate_during_eval: {kind} generates by other logits than it trains (by {error:.2g})")
+    run.answers_alone = beside > tolerance
 
 
 def plan_epoch(run: Run, epoch: int = 0, *, drop_last: bool | None = None) -> list:

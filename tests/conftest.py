@@ -111,8 +111,9 @@ def make_rankings(count: int, *, seed: int = 0, scores: bool = False) -> list[di
 
 def start(output_dir: Path, model=None, rows=None, eval_rows=None, **options):
     """A short run on the tiny model, every step logged; options are those of DPOConfig or arguments of `train`."""
-    names = ("callbacks", "compute_metrics", "data_collator", "optimizers", "peft_config", "ref_model")
-    arguments = {name: options.pop(name) for name in names if name in options}
+    names = "callbacks compute_metrics data_collator optimizers peft_config ref_model processing_class".split()
+    arguments = {"processing_class": make_tokenizer()}
+    arguments |= {name: options.pop(name) for name in names if name in options}
     rate = {} if "optimizers" in arguments else {"learning_rate": 1e-3}
     defaults = {**rate, "num_train_epochs": 1, "logging_steps": 1, "save_strategy": "no"}
     return train(
@@ -120,7 +121,6 @@ def start(output_dir: Path, model=None, rows=None, eval_rows=None, **options):
         args=DPOConfig(output_dir=str(output_dir), **{**defaults, "disable_tqdm": True, **options}),
         train_dataset=make_rows(24) if rows is None else rows,
         eval_dataset=eval_rows,
-        processing_class=make_tokenizer(),
         **arguments,
     )
 
