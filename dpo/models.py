@@ -120,6 +120,8 @@ def check_reading(model: torch.nn.Module, alone: dict, together: dict, *, is_qui
         if is_quiet:
             with torch.random.fork_rng():
                 trained = concatenated_forward(model.train(), alone)["chosen_logps"][0]
+    except Exception as error:  # of one of many families' own ways to fail
+        raise ValueError(f"{kind} cannot read the rows: {first_line(error)}") from error
     finally:
         model.train(was_training)
     row, position = keep.nonzero().T

@@ -396,7 +396,7 @@ def check_reading(run: Run) -> None:
         return
     collator = make_collator(run.processing_class, run.model, args=args)
     exact = not (args.bf16 or args.fp16) and all(p.dtype == torch.float32 for p in run.model.parameters())
-    tolerance = 0.05 if exact else 1.0
+    tolerance = 0.01 if exact else 1.0
     with autocast(args, run.world):
         error, beside = (sampling.generation_error(run.model, each, collator) for each in (alone, together))
     if error > tolerance:

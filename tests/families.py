@@ -26,7 +26,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging as transformers_logging
 
 from dpo import report
-from dpo.chat import answer
+from dpo.chat import answer, check_answers
 from dpo.collate import DataCollatorForPreference
 from dpo.config import DPOConfig, UserError
 from dpo.data import prepare_dataset
@@ -36,6 +36,7 @@ from dpo.models import disable_dropout, load_model
 from dpo.rows import first_line
 
 MOST_PARAMETERS, TOLERANCE = 2e7, 1e-3
+VERDICTS = "exact", "exact in training, refused in chat", "wrong", "broken", "refused"
 ABOUT = """# Families of models
 
 *Made by `python tests/families.py`, with {versions}.*
@@ -267,7 +268,11 @@ def measure(kind: str, folder: Path, row: dict) -> None:
     reloaded = load_model(str(folder / "out")).eval()
     row["reloaded"] = far(logps(reloaded, batch), logps(run.model.eval(), batch))
     messages = [{"role": "user", "content": "the sky is very blue today"}]
-    row["generated"], row["answers"] = generated(reloaded, make_tokenizer(), messages)
+    try:
+        check_answers(reloaded, make_tokenizer())
+        row["generated"], row["answers"] = generated(reloaded, make_tokenizer(), messages)
+    except ValueError as error:
+        row["speechless"] = first_line(error)
 
 
 def number(value: float | None) -> str:
@@ -277,11 +282,13 @@ def number(value: float | None) -> str:
 
 
 def verdict(row: dict) -> str:
-    """What became of a kind: untried, refused, broken (a traceback), wrong, or exact."""
+    """What became of a kind: untried, refused (in chat), broken (a traceback), wrong, or exact."""
     if "untried" in row or "error" in row:
         return "untried" if "untried" in row else "refused" if isinstance(row["error"], UserError) else "broken"
-    off = row["difference"], row["reloaded"], row["generated"], abs(row["loss"] - math.log(2))
-    return "exact" if all(value < TOLERANCE for value in off) and row["moved"] and row["answers"] else "wrong"
+    off = row["difference"], row["reloaded"], row.get("generated", 0), abs(row["loss"] - math.log(2))
+    if not (all(value < TOLERANCE for value in off) and row["moved"] and row.get("answers", True)):
+        return "wrong"
+    return "exact in training, refused in chat" if "speechless" in row else "exact"
 
 
 def cells(kind: str, row: dict) -> list[str]:
@@ -289,6 +296,8 @@ def cells(kind: str, row: dict) -> list[str]:
     if "error" in row:
         line = re.sub(r"/\S*/(model|out)\b", r"\1", first_line(row["error"]))
         chat = f"refused: {line}" if verdict(row) == "refused" else f"**{type(row['error']).__name__}**: {line}"
+    elif "speechless" in row:
+        chat = f"refused: {row['speechless']}"
     else:
         chat = number(row["generated"]) + ("" if row["answers"] else ", **another text**")
     found = [f"`{kind.split()[0]}`{kind.removeprefix(kind.split()[0])}", row.get("class", ""), row.get("special", "")]
@@ -298,7 +307,7 @@ def cells(kind: str, row: dict) -> list[str]:
 def page(rows: dict[str, dict]) -> str:
     verdicts = {kind: verdict(row) for kind, row in rows.items()}
     counted = Counter(verdicts.values())
-    counts = ", ".join(f"{counted[name]} {name}" for name in ("exact", "wrong", "broken", "refused") if counted[name])
+    counts = ", ".join(f"{counted[name]} {name}" for name in VERDICTS if counted[name])
     lines = [f"| {' | '.join(cells(kind, row))} |" for kind, row in rows.items() if verdicts[kind] != "untried"]
     untried = "; ".join(f"{kind} ({row['untried']})" for kind, row in rows.items() if verdicts[kind] == "untried")
     versions = f"torch {torch.__version__}, transformers {__version__}"

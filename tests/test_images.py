@@ -49,7 +49,11 @@ def see(family: str):
     square = {"height": 28, "width": 28}
     if family in ("llava", "llava_next"):
         eyes = transformers.CLIPVisionConfig(**EYES, image_size=28, patch_size=14, initializer_range=0.2)
-        config = {"vision_config": eyes, "text_config": transformers.LlamaConfig(**text), "image_token_id": ids["<image>"]}
+        config = {
+            "vision_config": eyes,
+            "text_config": transformers.LlamaConfig(**text),
+            "image_token_id": ids["<image>"],
+        }
         how = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
         size = {"size": {"shortest_edge": 28}, "crop_size": square}
         if family == "llava":
@@ -87,7 +91,9 @@ def see(family: str):
         tokenizer.image_token, tokenizer.image_token_id = "<image_soft_token>", ids["<image_soft_token>"]
         tokenizer.boi_token_id, tokenizer.eoi_token_id = ids["<start_of_image>"], ids["<end_of_image>"]
         eyes = transformers.SiglipVisionConfig(**EYES, image_size=28, patch_size=7, vision_use_head=False)
-        text = transformers.Gemma3TextConfig(**text, head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"])
+        text = transformers.Gemma3TextConfig(
+            **text, head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
+        )
         tokens = {"image_token_id": ids["<image_soft_token>"], "boi_token_index": ids["<start_of_image>"]}
         tokens |= {"eoi_token_index": ids["<end_of_image>"], "mm_tokens_per_image": 4}
         config = transformers.Gemma3Config(text_config=text, vision_config=eyes, **tokens)
