@@ -100,6 +100,7 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
     prompt, completions = split_prompt(row["prompt"], row["completions"])
     if row["images"]:
         prompt, completions = with_places(prompt, completions, len(row["images"]), processing_class)
+        row = {**row, "completions": completions} if isinstance(row["completions"][0], str) else row
     if isinstance(completions[0], str):
         kwargs = chat_template_kwargs or row["chat_template_kwargs"]
         for what, value in (("column 'tools'", row["tools"]), ("chat_template_kwargs", kwargs)):

@@ -1,5 +1,6 @@
 """Pictures in rows: found in columns and in messages, kept as bytes or paths, opened for a model's processor."""
 
+import base64
 import hashlib
 import io
 import os
@@ -49,7 +50,7 @@ def _lifted(value, shown: list):
     if value.get("type") not in KINDS:
         return value
     key = next((key for key in HOLDERS if value.get(key) is not None), None)
-    held = f"data:image/png;base64,{value[key]}" if key == "base64" else value.get(key)
+    held = f"data:,{value[key]}" if key == "base64" else value.get(key)
     held = held["url"] if isinstance(held, dict) and "url" in held else held
     if value.get("index") not in (None, shown.count(None)):
         raise ValueError(f"a picture's index is {value['index']}: number the places in their order, or leave it out")
@@ -58,39 +59,56 @@ def _lifted(value, shown: list):
 
 
 def as_stored(picture) -> dict:
-    """A picture as {"bytes", "path"}, one of them None: of a PIL image, an array, encoded bytes, a path, a URL, base64,
-    or such an object. Pixels are kept exactly."""
+    """A picture as {"bytes", "path"}, one of them None: of a PIL image, an array, encoded bytes, a path, a URL (data:
+    and base64, too), or such an object. Pixels are kept exactly."""
     if isinstance(picture, dict) and picture.keys() <= {"bytes", "path"} and any(picture.values()):
-        return {"bytes": picture.get("bytes"), "path": None if picture.get("bytes") else picture["path"]}
+        picture = picture.get("bytes") or picture["path"]
     if isinstance(picture, bytes | bytearray):
         return {"bytes": bytes(picture), "path": None}
+    if isinstance(picture, str) and picture.startswith("data:"):
+        return {"bytes": base64.b64decode(picture.partition(",")[2]), "path": None}
+    if isinstance(picture, str) and picture.startswith(("http://", "https://")):
+        try:
+            picture = load_image(picture)
+        except Exception as error:  # of the network, or of somebody's server
+            raise ValueError(f"the picture {picture[:60]!r} cannot be read: {error}") from error
     if isinstance(picture, str | os.PathLike):
         path = Path(picture).expanduser()
-        if str(picture).startswith(("http://", "https://", "data:")):
-            try:
-                picture = load_image(str(picture))
-            except Exception as error:  # of the network, or of somebody's bytes
-                raise ValueError(f"the picture {str(picture)[:60]!r} cannot be read: {error}") from error
-        elif path.is_file():
-            return {"bytes": None, "path": str(path.resolve())}
-        else:
+        if not path.is_file():
             raise ValueError(f"there is no picture {str(picture)[:100]!r}: check the path")
-    if hasattr(picture, "__array_interface__") and not isinstance(picture, Image.Image):
-        picture = Image.fromarray(picture)
-    if not isinstance(picture, Image.Image):
-        raise ValueError(f"a picture is {type(picture).__name__}: give a PIL image, a path, or encoded bytes")
-    file = io.BytesIO()
-    open_image(picture).save(file, "PNG")
-    return {"bytes": file.getvalue(), "path": None}
+        return {"bytes": None, "path": str(path.resolve())}
+    if is_in_memory(picture):
+        file = io.BytesIO()
+        open_image(picture).save(file, "PNG")
+        return {"bytes": file.getvalue(), "path": None}
+    raise ValueError(f"a picture is {type(picture).__name__}: give a PIL image, a path, or encoded bytes")
+
+
+def is_in_memory(value) -> bool:
+    """Whether a value is an image of PIL or an array of NumPy."""
+    return isinstance(value, Image.Image) or hasattr(value, "__array_interface__")
+
+
+def without_objects(value):
+    """A row, or what is in it, with text (a data: URL) in place of all that JSON has no form for: images in memory, and
+    bytes."""
+    if isinstance(value, dict):
+        return {key: without_objects(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_objects(each) for each in value]
+    if isinstance(value, bytes | bytearray) or is_in_memory(value):
+        return "data:;base64," + base64.b64encode(as_stored(value)["bytes"]).decode()
+    return str(value) if isinstance(value, os.PathLike) else value
 
 
 def open_image(picture) -> Image.Image:
-    """A picture, of PIL or as `as_stored` gives it, in RGB, upright. Raises: ValueError if it cannot be read."""
+    """A picture, of PIL, NumPy or as `as_stored` gives it, in RGB, upright. Raises: ValueError if it cannot be read."""
     try:
         if isinstance(picture, dict):
             picture = Image.open(io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"])
+        picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
         return ImageOps.exif_transpose(picture).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"a picture cannot be read: {error}") from error
 
 

@@ -190,7 +190,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         values = parameter.detach().flatten().contiguous()
-        total = int(values.view(torch.uint8).sum(dtype=torch.int64))  # of all bytes: exact in any order
+        parts = values.view(torch.uint8).split(1 << 24)  # the sum makes 8 bytes of each
+        total = sum(int(part.sum(dtype=torch.int64)) for part in parts)  # of all bytes: exact in any order
         start = values[:256].cpu().view(torch.uint8).numpy().tobytes()
         digest.update(f"{name} {tuple(parameter.shape)} {total}".encode() + start)
     return digest.hexdigest()[:16]

@@ -20,6 +20,7 @@ from datasets import (
     load_from_disk,
 )
 
+from dpo.images import without_objects
 from dpo.rows import canonical_row, first_line
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
@@ -113,6 +114,7 @@ def _from_list(rows: list[dict]) -> Dataset:
             raise ValueError(f"dataset, row {number}: is {type(row).__name__}: it must be a dict")
         if odd := [key for key in row if not isinstance(key, str)]:
             raise ValueError(f"dataset, row {number}: the key {odd[0]!r} is no text: name its column")
+    rows = [without_objects(row) for row in rows]
     # Not Dataset.from_list: it looks for columns in the first row only.
     columns = {key: [row.get(key) for row in rows] for key in dict.fromkeys(key for row in rows for key in row)}
     try:

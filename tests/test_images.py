@@ -6,14 +6,18 @@ import io
 import math
 from functools import partial
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import curve, make_tokenizer, start
+from datasets import Dataset, List
 from PIL import Image
 
-from dpo.collate import DataCollatorForPreference
+from dpo import chat
+from dpo.collate import DataCollatorForPreference, concatenated_inputs
+from dpo.config import UserError
 from dpo.data import prepare_dataset, process_row, read_images
 from dpo.images import lift_images, open_image
 from dpo.logprobs import concatenated_forward
@@ -87,9 +91,9 @@ def see(family: str):
             processor = transformers.Qwen2VLProcessor(pictures, tokenizer, video_processor=pictures)
         model = transformers.Qwen2VLForConditionalGeneration(config)
     else:
-        tokenizer.boi_token, tokenizer.eoi_token = "<start_of_image>", "<end_of_image>"
-        tokenizer.image_token, tokenizer.image_token_id = "<image_soft_token>", ids["<image_soft_token>"]
-        tokenizer.boi_token_id, tokenizer.eoi_token_id = ids["<start_of_image>"], ids["<end_of_image>"]
+        own = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+        given = {"tokenizer_object": tokenizer.backend_tokenizer, "extra_special_tokens": own}
+        tokenizer = type(tokenizer)(**given, pad_token=tokenizer.pad_token, eos_token=tokenizer.eos_token)
         eyes = transformers.SiglipVisionConfig(**EYES, image_size=28, patch_size=7, vision_use_head=False)
         text = transformers.Gemma3TextConfig(
             **text, head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"]
@@ -199,3 +203,184 @@ def test_training_sees_the_pictures(family, seeing, tmp_path):
     assert abs(moved - math.log(2)) > 1e-4 and abs(moved - curve(runs["other"])[1]) > 1e-4
     assert curve(runs["adapter"])[1] != pytest.approx(math.log(2), abs=1e-6)
     assert len((tmp_path / "full" / "samples.jsonl").read_text().splitlines()) == 2 * 2
+
+
+def plain(rows: list[dict]) -> list[dict]:
+    """Rows in the form of RLAIF-V: a picture, a question, two texts."""
+    told = zip(rows, ("what is it", "what is it now", "where is it"), strict=False)
+    texts = {"chosen": "the red sky", "rejected": "blue"}
+    return [{"image": row["images"][0], "question": text, **texts, "ds_name": "noise"} for row, text in told]
+
+
+def test_a_picture_is_the_same_in_every_form(seeing, tmp_path):
+    """PIL, path, bytes, base64 and URL parts, datasets.Image; in columns and in messages; as RLAIF-V has its rows."""
+    _, processor = seeing["llava"]
+    image = picture(1)
+    image.save(tmp_path / "a.png")
+    encoded = (tmp_path / "a.png").read_bytes()
+    url = "data:image/png;base64," + base64.b64encode(encoded).decode()
+    text = {"type": "text", "text": "what is it"}
+    answers = {"chosen": answer("the red sky"), "rejected": answer("blue")}
+
+    def shown(**part) -> dict:
+        return {"prompt": [{"role": "user", "content": [{"type": "image", **part}, text]}], **answers}
+
+    places, user = said("what is it"), [{"role": "user", "content": "what is it"}]
+    forms = [
+        {"images": [image], "prompt": places, **answers},
+        {"images": [str(tmp_path / "a.png")], "prompt": places, **answers},
+        {"images": [encoded], "prompt": places, **answers},
+        {"images": [{"bytes": encoded, "path": None}], "prompt": places, **answers},
+        {"images": [np.asarray(image)], "prompt": places, **answers},
+        {"image": image, "prompt": places, **answers},
+        {"image": image, "prompt": user, **answers},
+        {"image": image, "prompt": "what is it", "chosen": "the red sky", "rejected": "blue"},
+        {"image": image, "question": "what is it", "chosen": "the red sky", "rejected": "blue"},
+        shown(image=image),
+        shown(path=str(tmp_path / "a.png")),
+        shown(base64=base64.b64encode(encoded).decode()),
+        {"prompt": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, text]}], **answers},
+        {"images": [image], **{key: places + value for key, value in answers.items()}},  # an implicit prompt
+        {key: shown(image=image)["prompt"] + value for key, value in answers.items()},
+    ]
+    table = Dataset.from_dict(
+        {"images": [[image]], "prompt": ["what is it"], "chosen": ["the red sky"], "rejected": ["blue"]}
+    )
+    tables = [load_preferences([form]) for form in forms] + [{"dataset": table}]
+    tables.append({"dataset": table.cast_column("images", List(datasets.Image(decode=False)))})
+    rows = [prepare_dataset(each, processor)[0] for each in tables]
+    for row in rows:
+        assert (
+            row["prompt_input_ids"] == rows[0]["prompt_input_ids"]
+            and row["chosen_input_ids"] == rows[0]["chosen_input_ids"]
+        )
+        (seen,) = row["images"]
+        assert np.array_equal(np.asarray(open_image(seen)), np.asarray(image))
+
+
+def test_pictures_of_all_modes_are_opened_upright_and_in_colour():
+    colours = Image.new("RGB", (4, 2), (200, 10, 10))
+    turned = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    colours.save(turned, "PNG", exif=exif)
+    assert open_image({"bytes": turned.getvalue(), "path": None}).size == (2, 4)
+    for mode in ("L", "P", "RGBA", "CMYK", "1", "LA"):
+        assert open_image(lift_images({"image": colours.convert(mode)})["images"][0]).mode == "RGB"
+
+
+BAD = {  # rows with pictures, and the words that refuse them
+    "no picture for a place": ({"prompt": said("a", 2)}, "the row has 1 pictures for 2 places in its messages"),
+    "no place": ({"images": [picture(1), picture(2)]}, "the row has 2 pictures for 1 places in its messages"),
+    "a file that is not there": ({"images": ["nowhere.png"]}, "there is no picture 'nowhere.png': check the path"),
+    "a broken one": ({"images": [b"no picture"]}, "a picture cannot be read"),
+    "no picture at all": ({"images": [3]}, "a picture is int: give a PIL image, a path, or encoded bytes"),
+    "in an answer": (
+        {"chosen": [{"role": "assistant", "content": [{"type": "image"}]}]},
+        "column 'chosen', message 1 is the assistant's and has a picture: only prompts may",
+    ),
+    "an answer's own": (
+        {
+            "prompt": None,
+            "chosen": [{"role": "user", "content": [{"type": "image", "image": picture(1)}]}, *answer("a")],
+            "rejected": [{"role": "user", "content": [{"type": "image", "image": picture(2)}]}, *answer("b")],
+        },
+        "column 'rejected' shows other pictures than the prompt",
+    ),
+    "a video": ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of type 'video'"),
+    "its sign in the text": (
+        {"prompt": "what <image><image> is it", "chosen": "a", "rejected": "b"},
+        "2 places <image>",
+    ),
+    "an index": (
+        {"prompt": [{"role": "user", "content": [{"type": "image", "index": 1}, {"type": "text", "text": "a"}]}]},
+        "a picture's index is 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_rows_with_pictures_that_are_wrong_are_refused_by_number(name, seeing):
+    changed, words = BAD[name]
+    good = {"images": [picture(1)], "prompt": said("a"), "chosen": answer("red"), "rejected": answer("blue")}
+    rows = [good, {**good, **changed}] if changed.get("prompt", "") is not None else [changed, changed]
+    _, processor = seeing["llava"]
+    with pytest.raises(ValueError, match=rf"dataset, row {rows.index(rows[-1]) + 1}: .*({words})"):
+        prepared(rows, processor)
+
+
+def test_pictures_are_never_cut(seeing, caplog):
+    """A row whose prompt does not fit is left out and counted; completions are cut as ever."""
+    _, processor = seeing["llava"]
+    rows = rows_with_pictures(6)
+    whole = prepared(rows, processor)
+    longest = sorted(len(ids) for ids in whole["prompt_input_ids"])
+    kept = prepared(rows, processor, max_prompt_length=longest[3])
+    assert len(kept) == 4 and max(map(len, kept["prompt_input_ids"])) == longest[3]
+    assert "2 of 6 rows of dataset left out: truncation would cut their pictures" in caplog.text
+    kept = prepared(rows, processor, max_length=longest[-1] + 1)
+    assert len(kept) < 6 and all(ids in whole["prompt_input_ids"][:] for ids in kept["prompt_input_ids"])
+    row = {"prompt": "a <image> b", "chosen": " red", "rejected": " blue", "images": [picture(1)]}
+    assert len(process_row(row, processor, 7)["prompt_input_ids"]) == 7
+    with pytest.raises(ValueError, match="the prompt with its pictures has 7 tokens, max_prompt_length 6"):
+        process_row(row, processor, 6)
+
+
+@pytest.mark.parametrize("family", PLACES)
+def test_process_row_and_concatenated_inputs_are_as_the_document_has_them(family, seeing):
+    model, processor = seeing[family]
+    place = PLACES[family]
+    texts = [f"a {place} b", f"{place} is {place} very warm today"]
+    rows = [
+        process_row(
+            {"prompt": text, "chosen": " red", "rejected": " dark blue", "images": [picture(1), picture(2)][:count]},
+            processor, None, 2, False,
+        )
+        for count, text in enumerate(texts, start=1)
+    ]  # fmt: skip
+    assert {"prompt_input_ids", "chosen_input_ids", "rejected_input_ids", "pixel_values"} <= rows[0].keys()
+    batch = DataCollatorForPreference(pad_token_id=0)(rows)
+    joined = concatenated_inputs(batch, 0)
+    assert torch.equal(joined["pixel_values"], torch.cat([batch["prompt_pixel_values"]] * 2))
+    assert {key.removeprefix("prompt_") for key in batch if key.startswith("prompt_")} <= {
+        *joined, "input_ids", "attention_mask"
+    }  # fmt: skip
+    with torch.no_grad():
+        together = concatenated_forward(model.eval(), batch)["chosen_logps"]
+        alone = [concatenated_forward(model, DataCollatorForPreference(0)([row]))["chosen_logps"][0] for row in rows]
+    assert torch.allclose(together, torch.stack(alone), atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_a_model_that_sees_is_trained_and_talked_to_by_its_name(family, seeing, tmp_path, capsys):
+    model, processor = seeing[family]
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    rows = rows_with_pictures(4)
+    options = {"max_steps": 1, "use_peft": True, "lora_r": 4, "processing_class": None, "learning_rate": 1e-2}
+    run = start(tmp_path / "run", str(tmp_path / "model"), rows, **options)
+    assert type(run.processing_class) is type(processor) and type(load_processor(str(tmp_path / "run"))) is type(
+        processor
+    )
+    again = load_model(str(tmp_path / "run"))
+    assert torch.allclose(
+        scores(again, processor, run.train_rows), scores(run.model, processor, run.train_rows), atol=1e-5
+    )
+    rows[0]["images"][0].save(tmp_path / "a.png")
+    ask = ["--prompt", "what is it", "--image", str(tmp_path / "a.png"), "--temperature", "0", "--max_new_tokens", "4"]
+    chat.main(["--model_name_or_path", str(tmp_path / "run"), *ask, "--compare", str(tmp_path / "model")])
+    shown = capsys.readouterr().out
+    assert " │ " in shown and "model" in shown.splitlines()[0] and "run" in shown.splitlines()[0]
+    with pytest.raises(SystemExit, match="there is no picture"):
+        chat.main(["--model_name_or_path", str(tmp_path / "run"), "--prompt", "a", "--image", "nowhere.png"])
+    with pytest.raises(UserError, match="column 'images': the model reads text alone"):
+        start(tmp_path / "blind", rows=rows)
+
+
+def test_a_prompt_of_segments_goes_on_with_the_second_one():
+    """Where types tell pictures, a completion is text; where they tell segments (PaliGemma), it is the second one."""
+    tells = {"prompt_input_ids": [5, 6, 7], "chosen_input_ids": [8, 2], "rejected_input_ids": [9, 2]}
+    for types, ending in (([1, 0, 0], [0, 0]), ([0, 0, 0], [1, 1])):
+        row = tells | {"token_type_ids": torch.tensor([types])}
+        batch = DataCollatorForPreference(0, "padded")([row])
+        assert batch["inputs"]["token_type_ids"].tolist() == [types + ending] * 2
