@@ -63,8 +63,10 @@ def build_policy(model, peft_config, *, args: DPOConfig) -> torch.nn.Module:
         model = models.load_model(model, adapter_name=name, **kwargs)
         if ref_name is not None:
             frozen_adapter(model, ref_name)
-    elif broken := models.not_finite(models.keep_differentiable(model)):
-        raise UserError(f"the model is broken: the weights of {broken} are not all finite")
+    else:
+        model = models.keep_differentiable(distributed.bare(model))
+        if broken := models.not_finite(model):
+            raise UserError(f"the model is broken: the weights of {broken} are not all finite")
     if args.output_router_logits or args.router_aux_loss_coef is not None:
         router = {"output_router_logits": args.output_router_logits, "router_aux_loss_coef": args.router_aux_loss_coef}
         models.set_router(model, **router)
@@ -76,6 +78,8 @@ def build_policy(model, peft_config, *, args: DPOConfig) -> torch.nn.Module:
     if name or ref_name:
         models.pick_adapter(model, name or getattr(model, "active_adapter", None), ref_name)
     models.check_trainable(model, fp16=args.fp16)
+    if args.gradient_checkpointing and not hasattr(model, "gradient_checkpointing_enable"):
+        raise UserError(f"gradient_checkpointing: a {type(model).__name__} has none: leave it out")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, **args.gradient_checkpointing_kwargs})
     return model

@@ -56,9 +56,9 @@ def main(argv: list[str] | None = None) -> None:
             model.to("cuda" if torch.cuda.is_available() else "cpu")
             speakers[name] = (model, models.load_processor(name, **trust))
             check_answers(*speakers[name])
-        images = [as_stored(image) for image in args.image]
-        if images and not all(sees(processor) for _, processor in speakers.values()):
+        if args.image and not all(sees(processor) for _, processor in speakers.values()):
             raise ValueError("--image is for a model that sees: leave it out")
+        images = [as_stored(image) for image in args.image]
     except ValueError as error:
         sys.exit(f"error: {error}")
     set_seed(args.seed)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
@@ -55,7 +56,11 @@ def save_model(directory: Path, world: World, model: torch.nn.Module, processing
     if world.rank == 0:
         adapter = getattr(model, "active_adapter", None)
         own = {"selected_adapters": [adapter]} if isinstance(model, PeftModel) else {}  # not that of the reference
-        model.save_pretrained(directory, **own)
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(directory, **own)
+        else:  # a module of the caller's own: its weights by their names
+            directory.mkdir(parents=True, exist_ok=True)
+            safetensors.torch.save_model(model, directory / "model.safetensors")
         if own and (directory / adapter).is_dir():
             # PEFT puts an adapter that has a name into a folder of its own, where nothing looks for it.
             for path in (directory / adapter).iterdir():
@@ -104,9 +109,7 @@ def load_checkpoint(
 def check_same_run(directory: Path, same_run: dict) -> dict:
     """What state.pt of a checkpoint holds. Raises: ValueError if its run differs from this one in what same_run says,
     which may be a part of all that was saved: the options, before a model is loaded."""
-    if not (directory / "state.pt").exists():
-        raise ValueError(f"resume_from_checkpoint {directory}: it has no state.pt (saved with save_only_model?)")
-    saved = torch.load(directory / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+    saved = read_state(directory)
     before = saved["same_run"]
     differing = [f"{key} {before.get(key)} (now {now})" for key, now in same_run.items() if now != before.get(key)]
     if differing:
@@ -114,14 +117,23 @@ def check_same_run(directory: Path, same_run: dict) -> dict:
     return saved
 
 
+def read_state(directory: Path) -> dict:
+    """What state.pt of a checkpoint holds, read where it is needed."""
+    if not (directory / "state.pt").exists():
+        raise ValueError(f"resume_from_checkpoint {directory}: it has no state.pt (saved with save_only_model?)")
+    return torch.load(directory / "state.pt", map_location="cpu", weights_only=True, mmap=True)
+
+
 def load_weights(directory: Path, model: torch.nn.Module) -> None:
     """Overwrites the weights of model (of its adapter, for PEFT) with those saved in directory."""
     model = unwrap(model)
     if isinstance(model, PeftModel):
         set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"), model.active_adapter)
-    else:
+    elif hasattr(model, "from_pretrained"):
         saved = type(model).from_pretrained(directory, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
+    else:
+        safetensors.torch.load_model(model, directory / "model.safetensors")
 
 
 def _random_states() -> dict:

@@ -158,7 +158,8 @@ def padded_batch(batch: dict[str, torch.Tensor], padding_value: int = 0) -> dict
             positions whose next token belongs to a completion; M of them; and what else the batch has of its prompts.
         targets: (M,) int64, those next tokens; owner: (M,) int64, the sequence (0 … K·B−1, chosen first) of each.
         lengths: (K·B,) int64, completion tokens that are scored; tokens: (B,) int64, what the model reads of each row.
-        and the numbers of the rows, as they are: weights, margins, scores. Needs: the functions around it.
+        and the numbers of the rows, as they are: weights, margins, scores.
+    Needs: concatenated_inputs, scored_tokens, tokens_first, is_of_tokens, go_on, numbers_of.
     """
     joined = concatenated_inputs(batch, padding_value)
     scored, present, others = scored_tokens(batch, joined)
@@ -187,7 +188,8 @@ def encoder_decoder_batch(
     the completion but for its last token, of which position t predicts token t.
 
     Returns: what `padded_batch` does, whose inputs have decoder_input_ids, too; logits_to_keep is of the decoder's
-    positions; and labels (S, C), the completions with label_pad_token_id for padding. Needs: the functions around it.
+    positions; and labels (S, C), the completions with label_pad_token_id for padding.
+    Needs: concatenated_inputs, scored_tokens, tokens_first, numbers_of.
     """
     joined = concatenated_inputs(batch, padding_value)
     scored, present, others = scored_tokens(batch, joined)

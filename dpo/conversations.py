@@ -4,6 +4,7 @@ A row is trained as a chat user would meet it, or refused: the assistant's words
 a turn ends with the token that ends it, and nothing that the row says is left out.
 """
 
+import datetime
 import functools
 import itertools
 import json
@@ -85,14 +86,15 @@ def _without_nulls(value):
     return value
 
 
-def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = None) -> dict:
+def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = None, today: str | None = None) -> dict:
     """A canonical row to text: {"prompt", "completions", "turns", "closed", "templated", "unstable"}.
 
     Conversations go through the chat template: the prompt with its generation prompt, and each completion as what the
     whole conversation has beyond that, up to the token that ends its last turn (it is `closed`; else an EOS will).
     A template that renders the whole otherwise than it began (`unstable`) is split where the renderings part.
 
-    Args: chat_template_kwargs, variables of the template; the row's own win over them.
+    Args: chat_template_kwargs, variables of the template; the row's own win over them; today, as 2026-01-31, for
+    templates that write the date (by default the clock's: rows would be others tomorrow).
     Returns: completions, a list of texts, best first; turns, the same cut into (text, whether it is scored): of several
     messages only what the assistant says is. Raises: ValueError that names the column, where roles are not those of
     a completion, the template fails, or it leaves out something that the row says.
@@ -121,6 +123,8 @@ def render_row(row: dict, processing_class, chat_template_kwargs: dict | None = 
         if key in NO_VARIABLES or not reads_variable(str(processing_class.chat_template), key):
             raise ValueError(f"chat_template_kwargs has {key!r}, which the chat template has no use for: leave it out")
     options["tools"] = _without_nulls(row["tools"])
+    if today is not None and isinstance(processing_class.chat_template, str):
+        options["chat_template"] = with_date(processing_class.chat_template, today)
 
     has_calls = any(message.get("tool_calls") for message in itertools.chain(prompt, *completions))
     as_text = has_calls and takes_arguments_as_text(processing_class, str(processing_class.chat_template))
@@ -394,6 +398,15 @@ def _check_no_turns_within(text: str, column: str, tokens: tuple) -> None:
     for token in tokens:
         if token in text.rstrip().removesuffix(token):
             raise ValueError(f"column {column} has the token {token} within: store messages, or cut it there")
+
+
+def with_date(template: str, today: str) -> str:
+    """A chat template that writes this date, as 2026-01-31, where it would ask the clock."""
+
+    def written(call: re.Match) -> str:
+        return repr(datetime.date.fromisoformat(today).strftime(call[2]))
+
+    return re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", written, template)
 
 
 def reads_variable(template: str, name: str) -> bool:

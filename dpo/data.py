@@ -210,6 +210,7 @@ def prepare_dataset(
     allow_ties: bool = False,
     skip_bad_rows: bool = False,
     chat_template_kwargs: dict | None = None,
+    today: str | None = None,
     add_special_tokens: bool = False,
     read_margin: bool = True,
     read_reference: bool = False,
@@ -218,8 +219,8 @@ def prepare_dataset(
     """Checks, renders and tokenises every row; named datasets become one dataset of token ids.
 
     Args: ranked, rows may rank more than two completions: rejected_input_ids is then a list of lists; read_scores, keep
-    their scores; allow_ties, some completions or scores of a row may be equal; chat_template_kwargs, as in
-    `render_row`; add_special_tokens, as in `tokenize_row`, where no chat template writes them; read_margin, keep the
+    their scores; allow_ties, some completions or scores of a row may be equal; chat_template_kwargs and today, as
+    in `render_row`; add_special_tokens, as in `tokenize_row`, where no chat template writes them; read_margin, keep the
     column margin; read_reference, keep the columns ref_chosen_logps and ref_rejected_logps, of pairs; the limits as in
     `truncate_row`.
     Returns: a Dataset with prompt_input_ids, chosen_input_ids, rejected_input_ids, source (its part and row), length
@@ -240,6 +241,8 @@ def prepare_dataset(
     limits |= {"max_length": max_length, "truncation_mode": truncation_mode}
     options = {"processing_class": processing_class, "numbers": numbers, "limits": limits, "ranked": ranked}
     options |= {"read_scores": read_scores, "allow_ties": allow_ties, "version": ROWS_VERSION}
+    writes_dates = "strftime_now" in str(getattr(processing_class, "chat_template", None))
+    options |= {"today": today if writes_dates else None}
     options |= {"chat_template_kwargs": chat_template_kwargs, "add_special_tokens": add_special_tokens}
     tokenizer = tokenizer_of(processing_class)
     bos = tokenizer.bos_token_id
@@ -398,6 +401,7 @@ def _row_to_ids(
     *,
     processing_class,
     chat_template_kwargs: dict | None,
+    today: str | None,
     add_special_tokens: bool,
     prepend_bos: bool,
     limits: dict,
@@ -409,7 +413,7 @@ def _row_to_ids(
     Raises: ValueError that names what is wrong with the row.
     """
     tokenizer = tokenizer_of(processing_class)
-    text = render_row(row, processing_class, chat_template_kwargs)
+    text = render_row(row, processing_class, chat_template_kwargs, today)
     _check_texts(row, text, allow_ties=allow_ties)
     prepend_bos = (prepend_bos or add_special_tokens) and not text["templated"]
     eos = add_special_tokens and not text["templated"]

@@ -54,6 +54,11 @@ def lay_out(
     return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=find_unused_parameters)
 
 
+def bare(model: torch.nn.Module) -> torch.nn.Module:
+    """A model of the caller's without what shares it among devices: `lay_out` does that."""
+    return model.module if isinstance(model, DistributedDataParallel | torch.nn.DataParallel) else model
+
+
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     """The model inside what `lay_out` and torch.compile wrapped around it."""
     while isinstance(model, DistributedDataParallel | OptimizedModule):

@@ -86,7 +86,7 @@ def as_stored(picture) -> dict:
 
 def is_in_memory(value) -> bool:
     """Whether a value is an image of PIL or an array of NumPy."""
-    return isinstance(value, Image.Image) or hasattr(value, "__array_interface__")
+    return isinstance(value, Image.Image) or (hasattr(value, "__array_interface__") and value.ndim > 1)
 
 
 def without_objects(value):

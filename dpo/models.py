@@ -360,8 +360,6 @@ def freeze_what_is_not_saved(model: torch.nn.Module) -> None:
 def check_trainable(model: torch.nn.Module, *, fp16: bool) -> None:
     """Refuses a policy that cannot be trained, or not be saved afterwards."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not hasattr(model, "save_pretrained"):
-        raise ValueError(f"a {type(model).__name__} has no save_pretrained, it could not be saved: pass what it wraps")
     if not trained:
         raise ValueError("the model has no parameter that trains: load its adapter with is_trainable=True")
     if isinstance(model, PeftModel) and getattr(model.peft_config[model.active_adapter], "lora_alpha", 1) == 0:

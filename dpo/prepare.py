@@ -1,6 +1,7 @@
 """Arguments and configuration become a Run: checked, with its data, and what build.py makes; and its place on disk."""
 
 import dataclasses
+import datetime
 import inspect
 import logging
 import math
@@ -77,6 +78,7 @@ class Run:
     reward: Callable | None = None  # rates sampled answers
     sources: dict[str, str] | None = None  # names of model and datasets, for config.yaml and the model card
     processing_class: object = None
+    today: str = field(default_factory=lambda: datetime.date.today().isoformat())  # for templates that write the date
     train_rows: datasets.Dataset | None = None
     eval_sets: dict[str, datasets.Dataset] | None = None  # by name; that of a single one is empty
     collator: Callable | None = None
@@ -147,6 +149,7 @@ def prepare(
         resume = claim_output(run, ref_model)
         hub = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
         run.processing_class = processing_class or models.load_processor(name, **hub)
+        run.today = (checkpoint.read_state(resume)["same_run"].get("today") if resume else None) or run.today
         run.train_rows, run.eval_sets = prepare_data(run, model, train_dataset, eval_dataset)
         report.show_rows(run.train_rows, run.processing_class, args.show_rows)
         if resume:
@@ -351,6 +354,7 @@ def prepare_rows(run: Run, source, split: str, subset: str | None, apart: bool) 
             allow_ties=bool(names & take_scores) and names & set(OF_RANKINGS) <= take_scores,
             skip_bad_rows=args.skip_bad_rows,
             chat_template_kwargs=args.chat_template_kwargs or None,
+            today=run.today,
             add_special_tokens=apart,
             read_reference=needs_reference(args),
             read_margin=any("margins" in PARAMETERS[name] for name in names),
@@ -487,7 +491,7 @@ def what_options_matter(run: Run) -> dict:
     args, rows = run.args, run.train_rows
     if args.precompute_ref_log_probs:  # what was worked out follows from the rest
         rows = rows.remove_columns([name for name in CACHED if name in rows.column_names])
-    same_run = {"processes": run.world.size, "rows": fingerprint(rows)}
+    same_run = {"processes": run.world.size, "today": run.today, "rows": fingerprint(rows)}
     for option in ("model_init_kwargs", "ref_model_init_kwargs"):
         same_run[option] = str(report.portable(getattr(args, option)))
     return same_run | {option: getattr(args, option) for option in EXACT_OPTIONS.split()}

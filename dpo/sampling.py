@@ -63,7 +63,7 @@ def prompts_of(batch: dict, model) -> dict[str, torch.Tensor]:
     """What generate takes of a batch's prompts, by its names. A decoder goes on from the right end of a prompt, padding
     is on the left; an encoder counts positions from the left, padding goes to the right."""
     prompt = {key.removeprefix("prompt_"): value for key, value in batch.items() if key.startswith("prompt_")}
-    if getattr(model.config, "is_encoder_decoder", False):
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         order = tokens_first(prompt["attention_mask"])
         prompt |= {key: prompt[key].gather(1, order) for key in ("input_ids", "attention_mask")}
     return prompt

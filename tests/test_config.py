@@ -578,7 +578,7 @@ def test_half_precision_computes_in_it_and_keeps_float32_weights(option, dtype, 
     ],
     ids=str,
 )
-def test_gradient_checkpointing_runs_a_layer_again_in_the_backward_pass(options, grads, tmp_path):
+def test_gradient_checkpointing_runs_a_layer_again_in_the_backward_pass(options, grads, tmp_path, unlooked):
     model, seen = make_model(), []
 
     def note(layer, *_):

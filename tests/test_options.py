@@ -348,7 +348,6 @@ USELESS = {  # arguments of a run in which nothing, or not what was meant, would
               "at one of the steps"),
     "weights": ({"loss_type": ["sigmoid", "ipo"], "loss_weights": [0, 0]}, "nothing would be learnt"),
     "column": ({"rows": [{**row, "weight": 0} for row in make_rows(4)]}, "all numbers of the column weight are 0"),
-    "wrapped": ({"model": torch.nn.DataParallel(make_model())}, "a DataParallel has no save_pretrained"),
     "an adapter of nothing": ({"peft_config": {"r": 2, "lora_alpha": 0}}, "lora_alpha of the model's adapter is 0"),
     "number": ({"model": 5}, "model is int: it must be a name, a path or a model"),
     "text": ({"peft_config": "lora"}, "peft_config is str"),

@@ -1,18 +1,22 @@
 """Stopping and going on: a resumed run ends as one that never stopped, and nothing of another run is mixed in."""
 
+import datetime
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import curve, make_model, make_rows, make_tokenizer, read, same, start, weights
+from conftest import CHATML, curve, make_model, make_rows, make_tokenizer, read, same, start, weights
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from dpo import files
 from dpo.checkpoint import load_weights, prune_checkpoints, save_model
+from dpo.data import prepare_dataset
 from dpo.distributed import World
 from dpo.models import load_model
+from dpo.sources import load_preferences
 
 ROWS, EVAL_ROWS = make_rows(24), make_rows(7, seed=1)
 
@@ -199,3 +203,20 @@ def test_going_on_in_another_directory_overwrites_a_run_there_only_if_asked_to(t
         resumed = start(tmp_path / name, **options, **more)
         assert same(weights(resumed.model), weights(whole.model))
         assert resumed.rows[-1]["loss"] == whole.rows[-1]["loss"]
+
+
+def test_a_template_that_writes_the_date_writes_that_of_the_run(tmp_path, monkeypatch):
+    """A run that goes on another day has the rows that it began with."""
+    tokenizer = make_tokenizer("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    rows = make_rows(8, conversational=True)
+    for day, written in (("2026-01-31", "31 Jan 2026"), ("2026-02-01", "01 Feb 2026")):
+        ids = prepare_dataset(load_preferences(rows), tokenizer, today=day)[0]["prompt_input_ids"]
+        assert tokenizer.decode(ids).startswith(written)
+    options = {"rows": rows, "processing_class": tokenizer, "per_device_train_batch_size": 4, "save_strategy": "epoch"}
+    options |= {"num_train_epochs": 2}
+    with monkeypatch.context() as patch:
+        today = SimpleNamespace(today=lambda: datetime.date(2026, 1, 31))
+        patch.setattr("dpo.prepare.datetime", SimpleNamespace(date=today))
+        whole = start(tmp_path / "run", **options)
+    again = start(tmp_path / "again", **options, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert curve(again) == curve(whole) and same(weights(again.model), weights(whole.model))
