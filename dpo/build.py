@@ -105,6 +105,14 @@ def reads_apart(model, *, args: DPOConfig) -> bool:
     return bool(own or args.is_encoder_decoder)
 
 
+def reads(model, processing_class) -> str:
+    """What a model reads, as the model card has it."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return "own"
+    return "apart" if getattr(config, "is_encoder_decoder", False) else "pictures" if sees(processing_class) else "text"
+
+
 def make_collator(processing_class, model, *, args: DPOConfig) -> DataCollatorForPreference:
     """The collator of the layout asked for; auto is padded, which is exact for every model."""
     tokenizer, start = tokenizer_of(processing_class), None

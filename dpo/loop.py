@@ -22,7 +22,7 @@ from transformers import EvalPrediction
 
 from dpo import checkpoint, distributed, files, report, sampling
 from dpo.batches import epoch_windows, load_windows
-from dpo.build import autocast, how_to_load, loss_names, loss_options
+from dpo.build import autocast, how_to_load, loss_names, loss_options, reads
 from dpo.checkpoint import TrainingState
 from dpo.collate import ready_batch
 from dpo.config import DPOConfig, UserError, parse_args
@@ -431,7 +431,13 @@ def finish(run: Run) -> None:
     if world.rank == 0:
         report.plot_rewards(run.rows, output_dir / "rewards.png")
         sources = {"model_name": run.sources.get("model_name_or_path"), "dataset_name": run.sources.get("dataset_name")}
-        create_model_card(output_dir, **sources, rows=run.rows, adapter=isinstance(run.model, PeftModel))
+        create_model_card(
+            output_dir,
+            **sources,
+            rows=run.rows,
+            adapter=isinstance(run.model, PeftModel),
+            reads=reads(run.model, run.processing_class),
+        )
         note_files(run, "finished", names)
         run.lock.close()
         logger.info("Saved in %s: the model, metrics.jsonl, rewards.png, config.yaml, README.md", output_dir)

@@ -37,6 +37,7 @@ from dpo.build import (
 from dpo.checkpoint import TrainingState
 from dpo.collate import NUMBERS, ready_batch
 from dpo.config import DPOConfig, UserError
+from dpo.conversations import sees
 from dpo.data import fingerprint, largest_id, largest_length, prepare_dataset
 from dpo.distributed import World
 from dpo.losses import OF_RANKINGS, OVER_THE_BATCH, PARAMETERS, takers
@@ -169,7 +170,7 @@ def prepare(
             if each is not None:
                 models.check_rows_fit(each, largest=largest, longest=longest)
         set_seed(args.seed + world.rank, deterministic=args.full_determinism)  # each process its own dropout
-        unused = args.ddp_find_unused_parameters
+        unused = args.ddp_find_unused_parameters or sees(run.processing_class)  # a batch may have no picture
         run.policy = distributed.lay_out(run.model, world, trains=True, find_unused_parameters=unused)
         if run.reference.ref_model is not None:
             run.reference.ref_model = distributed.lay_out(run.reference.ref_model, world, trains=False)

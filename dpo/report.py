@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def show_rows(rows, processing_class, count: int) -> None:
     for row in rows.select(range(min(max(count, 1), len(rows)))):
         scored = row.get("scored")
         lines = [f"{row['source']}, as it will be trained (the loss sees what is between ⟦ and ⟧):"]
-        lines.append(f"  prompt    {tokenizer.decode(row['prompt_input_ids'])!r}")
+        lines.append(f"  prompt    {shortened(tokenizer.decode(row['prompt_input_ids']))!r}")
         for rank, ids in enumerate(completions_of(row)):
             mask = scored[rank] if scored else [True] * len(ids)
             runs = itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1])
@@ -120,6 +121,11 @@ def show_rows(rows, processing_class, count: int) -> None:
             text = "".join(f"⟦{part}⟧" if seen else part for seen, part in texts)
             lines.append(f"  {'rejected' if rank else 'chosen':9s} {text}")
         logger.info("\n".join(lines))
+
+
+def shortened(text: str) -> str:
+    """A text with long runs of one special token, as pictures have them, written as <token>×number."""
+    return re.sub(r"(<[^<>\s]+>)\1{3,}", lambda run: f"{run[1]}×{len(run[0]) // len(run[1])}", text)
 
 
 def describe_evaluation(row: dict) -> str:
@@ -245,24 +251,52 @@ CARD = """
 Model: {model}. Preference pairs: {dataset}. Trained with Direct Preference Optimization
 ([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)).
 
-```python
-from transformers import pipeline
-
-chat = pipeline("text-generation", model="{title}")
-print(chat([{{"role": "user", "content": "Hello!"}}], max_new_tokens=64)[0]["generated_text"][-1]["content"])
-```
+{how}
 
 How it was trained stands in config.yaml, which runs it again.
 """
 
 
+HOW = {  # to talk to it, by what it reads
+    "text": """```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", model="{title}")
+print(chat([{{"role": "user", "content": "Hello!"}}], max_new_tokens=64)[0]["generated_text"][-1]["content"])
+```""",
+    "pictures": """```python
+from transformers import pipeline
+
+chat = pipeline("image-text-to-text", model="{title}")
+said = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is this?"}}]
+print(chat(text=[{{"role": "user", "content": said}}], max_new_tokens=64)[0]["generated_text"][-1]["content"])
+```""",
+    "apart": """```python
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+model, tokenizer = (kind.from_pretrained("{title}") for kind in (AutoModelForSeq2SeqLM, AutoTokenizer))
+answer = model.generate(**tokenizer("Hello!", return_tensors="pt"), max_new_tokens=64)
+print(tokenizer.decode(answer[0], skip_special_tokens=True))
+```""",
+    "own": """`model.safetensors` holds the weights of a module of its author's own:
+`safetensors.torch.load_model(module, "model.safetensors")` puts them into one.""",
+}
+
+
 def create_model_card(
-    output_dir: Path, *, model_name=None, dataset_name=None, tags=None, rows: list[dict] = (), adapter: bool = False
+    output_dir: Path,
+    *,
+    model_name=None,
+    dataset_name=None,
+    tags=None,
+    rows: list[dict] = (),
+    adapter: bool = False,
+    reads: str = "text",
 ) -> Path:
     """Writes README.md: what was trained from what, on what, and the last metrics.
 
     Args: model_name, dataset_name, of the Hub or a path; tags, a text or a list, beside dpo; rows, the run's metrics
-    rows; adapter, whether the directory holds a PEFT adapter.
+    rows; adapter, whether the directory holds a PEFT adapter; reads, a key of HOW.
     """
     on_hub = {n: bool(n) and n.count("/") <= 1 and not Path(n).exists() for n in (model_name, dataset_name)}
     data = ModelCardData(
@@ -273,6 +307,7 @@ def create_model_card(
     )
     shown = [f"`{name if on_hub[name] else Path(name).name}`" if name else None for name in (model_name, dataset_name)]
     words = {"model": shown[0] or "A language model", "dataset": shown[1] or "given pairs", "title": output_dir.name}
+    words["how"] = HOW[reads].format(**words)
     text = f"---\n{data.to_yaml()}\n---\n" + CARD.format(**words)
     last = {key: value for row in rows for key, value in row.items() if isinstance(value, int | float)}
     if last:

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -89,6 +90,7 @@ def test_an_encoder_decoder_trains_as_its_configuration_says(family, tmp_path):
     assert torch.allclose(again["chosen_logps"], concatenated_forward(run_.model, run_.collator(rows))["chosen_logps"])
     answers = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
     assert all(sample["prompt"] and sample["policy"] for sample in answers)
+    assert "AutoModelForSeq2SeqLM" in (tmp_path / "run" / "README.md").read_text()
     with pytest.raises(UserError, match="is_encoder_decoder is False, the model's configuration says True"):
         start(tmp_path / "no", copy.deepcopy(model), ROWS, is_encoder_decoder=False)
 
@@ -239,6 +241,7 @@ def test_a_plain_module_with_logits_trains_and_goes_on(tmp_path):
     assert curve(whole)[0] == pytest.approx(math.log(2), abs=1e-6) and curve(whole)[-1] < 0.69
     saved = safetensors.torch.load_file(tmp_path / "a" / "model.safetensors")
     assert all(torch.equal(saved[name], value) for name, value in weights(whole.model).items())
+    assert "weights of a module of its author's own" in (tmp_path / "a" / "README.md").read_text()
     resumed = {"resume_from_checkpoint": str(tmp_path / "a" / "checkpoint-1"), "eval_rows": ROWS[:3]}
     again = start(tmp_path / "b", Own(), ROWS, **options, **resumed, eval_strategy="epoch")
     assert all(torch.equal(value, weights(whole.model)[name]) for name, value in weights(again.model).items())
@@ -348,10 +351,16 @@ def test_a_cache_that_forgets_is_noticed(tmp_path, monkeypatch):
     assert start(tmp_path / "trains", model, ROWS, max_steps=1).rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_answers_go_to_trackers_as_tables(tmp_path):
+def test_answers_go_to_trackers_as_tables(tmp_path, monkeypatch):
     event_file = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     options = {"eval_strategy": "steps", "generate_during_eval": True, "num_samples": 2, "max_new_tokens": 3}
-    start(tmp_path, rows=ROWS, eval_rows=ROWS[:3], max_steps=1, report_to=["tensorboard"], **options)
+    sent = []
+    fake = SimpleNamespace(init=lambda **_: None, Table=lambda columns, data: (columns, data))
+    fake.log = lambda row, step: sent.append((step, row["samples"])) if "samples" in row else None
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    start(tmp_path, rows=ROWS, eval_rows=ROWS[:3], max_steps=1, report_to=["tensorboard", "wandb"], **options)
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert sent == [(1, (["prompt", "reference", "policy"], [list(sample.values()) for sample in samples]))]
     events = event_file.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     (table,) = events.Tensors("samples/text_summary")

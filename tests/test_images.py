@@ -352,13 +352,15 @@ def test_process_row_and_concatenated_inputs_are_as_the_document_has_them(family
 
 
 @pytest.mark.parametrize("family", ["llava", "gemma3"])
-def test_a_model_that_sees_is_trained_and_talked_to_by_its_name(family, seeing, tmp_path, capsys):
+def test_a_model_that_sees_is_trained_and_talked_to_by_its_name(family, seeing, tmp_path, capsys, caplog):
     model, processor = seeing[family]
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     rows = rows_with_pictures(4)
     options = {"max_steps": 1, "use_peft": True, "lora_r": 4, "processing_class": None, "learning_rate": 1e-2}
-    run = start(tmp_path / "run", str(tmp_path / "model"), rows, **options)
+    caplog.set_level("INFO")
+    run = start(tmp_path / "run", str(tmp_path / "model"), rows, **options, merge_adapter=True)
+    assert "image-text-to-text" in (tmp_path / "run" / "README.md").read_text() and "×4" in caplog.text
     assert type(run.processing_class) is type(processor) and type(load_processor(str(tmp_path / "run"))) is type(
         processor
     )
@@ -366,6 +368,8 @@ def test_a_model_that_sees_is_trained_and_talked_to_by_its_name(family, seeing, 
     assert torch.allclose(
         scores(again, processor, run.train_rows), scores(run.model, processor, run.train_rows), atol=1e-5
     )
+    merged, own = load_model(str(tmp_path / "run" / "merged")), load_processor(str(tmp_path / "run" / "merged"))
+    assert torch.allclose(scores(merged, own, run.train_rows), scores(again, processor, run.train_rows), atol=1e-4)
     rows[0]["images"][0].save(tmp_path / "a.png")
     ask = ["--prompt", "what is it", "--image", str(tmp_path / "a.png"), "--temperature", "0", "--max_new_tokens", "4"]
     chat.main(["--model_name_or_path", str(tmp_path / "run"), *ask, "--compare", str(tmp_path / "model")])
