@@ -3,6 +3,7 @@
 import base64
 import copy
 import io
+import json
 import math
 from functools import partial
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import curve, make_tokenizer, start
+from conftest import curve, make_tokenizer, read, run, start
 from datasets import Dataset, List
 from PIL import Image
 
@@ -196,20 +197,13 @@ def test_training_sees_the_pictures(family, seeing, tmp_path):
         ),
         "adapter": start(tmp_path / "adapter", copy.deepcopy(model), rows, **options, peft_config={"r": 4}),
     }  # fmt: skip
-    for run in runs.values():
-        assert curve(run)[0] == pytest.approx(math.log(2), abs=1e-4)
+    for each in runs.values():
+        assert curve(each)[0] == pytest.approx(math.log(2), abs=1e-4)
     assert curve(runs["cached"]) == pytest.approx(curve(runs["full"]), abs=1e-5)
     moved = curve(runs["full"])[1]
     assert abs(moved - math.log(2)) > 1e-4 and abs(moved - curve(runs["other"])[1]) > 1e-4
     assert curve(runs["adapter"])[1] != pytest.approx(math.log(2), abs=1e-6)
     assert len((tmp_path / "full" / "samples.jsonl").read_text().splitlines()) == 2 * 2
-
-
-def plain(rows: list[dict]) -> list[dict]:
-    """Rows in the form of RLAIF-V: a picture, a question, two texts."""
-    told = zip(rows, ("what is it", "what is it now", "where is it"), strict=False)
-    texts = {"chosen": "the red sky", "rejected": "blue"}
-    return [{"image": row["images"][0], "question": text, **texts, "ds_name": "noise"} for row, text in told]
 
 
 def test_a_picture_is_the_same_in_every_form(seeing, tmp_path):
@@ -388,3 +382,25 @@ def test_a_prompt_of_segments_goes_on_with_the_second_one():
         row = tells | {"token_type_ids": torch.tensor([types])}
         batch = DataCollatorForPreference(0, "padded")([row])
         assert batch["inputs"]["token_type_ids"].tolist() == [types + ending] * 2
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_on_pictures_from_files(seeing, tmp_path):
+    """Rows of a text and a picture, one without, by the command line."""
+    model, processor = seeing["llava"]
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": f"what is it {'now ' * i}", "chosen": "the red sky", "rejected": "blue"} for i in range(7)]
+    for i, row in enumerate(rows[:6]):
+        picture(i).save(tmp_path / f"{i}.png")
+        row["image"] = str(tmp_path / f"{i}.png")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    curves = {}
+    for processes in (0, 2):
+        files = ["--model_name_or_path", str(tmp_path / "model"), "--dataset_name", str(tmp_path / "rows.jsonl")]
+        options = "--max_steps 3 --per_device_train_batch_size 2 --logging_steps 1 --save_strategy no --use_cpu"
+        options += f" --gradient_accumulation_steps {1 if processes else 2} --learning_rate 1e-3 --dataset_num_proc 2"
+        out = tmp_path / str(processes)
+        run("dpo.loop", *files, *options.split(), "--output_dir", str(out), processes=processes)
+        curves[processes] = curve(read(out))
+    assert curves[0] == pytest.approx(curves[2], abs=1e-5) and curves[0][2] != pytest.approx(math.log(2), abs=1e-4)
