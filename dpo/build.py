@@ -15,7 +15,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from dpo import distributed, models
+from dpo import adapters, checks, distributed, models
 from dpo.batches import load_windows
 from dpo.checkpoint import TrainingState
 from dpo.collate import DataCollatorForPreference
@@ -52,12 +52,12 @@ def adapter_config(model, peft_config, *, args: DPOConfig):
         return peft_config
     hub = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
     named = models.skeleton(model, **hub)
-    return peft_config if named is None else models.check_adapter(named, peft_config)
+    return peft_config if named is None else adapters.check_adapter(named, peft_config)
 
 
 def build_policy(model, peft_config, *, args: DPOConfig) -> torch.nn.Module:
     """The model that trains: the caller's, or loaded by its name; with its adapter, if it has one."""
-    name, ref_name = models.adapter_key(args.model_adapter_name), models.adapter_key(args.ref_adapter_name)
+    name, ref_name = adapters.adapter_key(args.model_adapter_name), adapters.adapter_key(args.ref_adapter_name)
     if isinstance(model, str):
         kwargs = {**how_to_load(args), "revision": args.model_revision, **args.model_init_kwargs}
         model = models.load_model(model, adapter_name=name, **kwargs)
@@ -74,10 +74,10 @@ def build_policy(model, peft_config, *, args: DPOConfig) -> torch.nn.Module:
     if args.disable_dropout:
         models.disable_dropout(model)
     if peft_config is not None:
-        model = models.add_adapter(model, peft_config, name, args.model_revision)
+        model = adapters.add_adapter(model, peft_config, name, args.model_revision)
     if name or ref_name:
-        models.pick_adapter(model, name or getattr(model, "active_adapter", None), ref_name)
-    models.check_trainable(model, fp16=args.fp16)
+        adapters.pick_adapter(model, name or getattr(model, "active_adapter", None), ref_name)
+    checks.check_trainable(model, fp16=args.fp16)
     if args.gradient_checkpointing and not hasattr(model, "gradient_checkpointing_enable"):
         raise UserError(f"gradient_checkpointing: a {type(model).__name__} has none: leave it out")
     if args.gradient_checkpointing:
@@ -158,7 +158,7 @@ def build_reference(policy, ref_model, columns: list[str], *, args: DPOConfig) -
     # An adapter keeps its own dropout, which shows wherever its B is not 0: as it is not in a reference.
     is_noisy = any("lora_dropout" in name and getattr(module, "p", 0) > 0 for name, module in policy.named_modules())
     if args.ref_adapter_name is not None:
-        name = models.adapter_key(args.ref_adapter_name)
+        name = adapters.adapter_key(args.ref_adapter_name)
         reference = Reference(**common, ref_adapter_name=name, kind=f"the adapter {args.ref_adapter_name}")
         are_equal = all(torch.equal(trained, own) for trained, own in reference.pairs().values())
         return reference, args.disable_dropout and are_equal and not is_noisy

@@ -11,14 +11,12 @@ from transformers import TextStreamer, set_seed
 from transformers.utils import logging as transformers_logging
 
 from dpo import models
-from dpo.collate import DataCollatorForPreference
+from dpo.checks import check_answers
 from dpo.conversations import sees, takes_parts, tokenizer_of, with_parts
 from dpo.data import image_inputs
-from dpo.distributed import unwrap
 from dpo.images import as_stored
 from dpo.reference import without_aux_loss
 from dpo.rows import first_line, text_of
-from dpo.sampling import generation_error
 
 HELP = "/reset forgets the conversation, /quit ends it (so does Ctrl-D); Ctrl-C stops an answer."
 
@@ -74,18 +72,6 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(f"error: {error}")
     else:
         converse(speakers, start, images, sampling)
-
-
-def check_answers(model: torch.nn.Module, processor) -> None:
-    """Refuses a model that would answer by other logits than it was trained to have: so some families' caches."""
-    tokenizer = tokenizer_of(processor)
-    ids = tokenizer("Hello, who are you?", add_special_tokens=False)["input_ids"]
-    row = dict.fromkeys(("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"), ids)
-    start = models.decoder_start_ids(model) if getattr(model.config, "is_encoder_decoder", False) else None
-    collator = DataCollatorForPreference(tokenizer.pad_token_id or 0, "padded", decoder_start_ids=start)
-    error = generation_error(model, [row], collator)
-    if error > (0.01 if model.dtype == torch.float32 else 1.0):
-        raise ValueError(f"{type(unwrap(model)).__name__} generates by other logits than it trains (by {error:.2g})")
 
 
 def question(text: str, images: list) -> dict:

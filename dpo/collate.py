@@ -100,7 +100,9 @@ def joined_tensors(features: list[dict], *, width: int) -> dict[str, torch.Tenso
     counts pictures, or patches, or rows; in the others the smaller are filled up with zeros, as processors do it.
     """
     joined = {}
-    for name in dict.fromkeys(key for row in features for key, value in row.items() if isinstance(value, torch.Tensor)):
+    known = {f"{part}_input_ids" for part in ("prompt", "chosen", "rejected")} | NUMBERS.keys()
+    tensors = (key for row in features for key, value in row.items() if isinstance(value, torch.Tensor))
+    for name in dict.fromkeys(key for key in tensors if key not in known):
         own = [(row.get(name), len(row["prompt_input_ids"])) for row in features]
         value, tokens = next((value, tokens) for value, tokens in own if value is not None)
         if is_of_tokens(name, value, (1, tokens)):

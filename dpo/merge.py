@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dpo import files, models
+from dpo import adapters, files, models
 from dpo.distributed import World
 
 
@@ -18,12 +18,12 @@ def merge_adapter(name: str, output_dir: Path, *, dtype: str = "float32", **kwar
     among kwargs, of from_pretrained, the base is quantised, dequantised, and only then merged.
     Raises: ValueError in one line if name holds no adapter, or something cannot be read or written.
     """
-    if (base := models.adapter_base(name)) is None:
+    if (base := adapters.adapter_base(name)) is None:
         raise ValueError(f"{name} holds no adapter to merge: name the output_dir of a run with use_peft")
     model = models.load_model(base, dtype=dtype, **kwargs)
     if getattr(model, "is_quantized", False):
         model = model.dequantize()
-    model, _ = models.add_saved_adapter(model, name, "main", "default")
+    model, _ = adapters.add_saved_adapter(model, name, "main", "default")
     merged = model.merge_and_unload(safe_merge=True)
     alone = World(rank=0, size=1, device=torch.device("cpu"))
     with files.written_aside(output_dir, alone) as unfinished:

@@ -18,7 +18,7 @@ from peft import PeftConfig, PeftModel
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from dpo import checkpoint, distributed, files, models, report, sampling
+from dpo import adapters, checkpoint, checks, distributed, files, models, report, sampling
 from dpo.batches import epoch_windows, moved
 from dpo.build import (
     adapter_config,
@@ -168,7 +168,7 @@ def prepare(
             longest = max(largest_length(rows) for rows in sets)
         for each in (run.model, run.reference.ref_model):
             if each is not None:
-                models.check_rows_fit(each, largest=largest, longest=longest)
+                checks.check_rows_fit(each, largest=largest, longest=longest)
         set_seed(args.seed + world.rank, deterministic=args.full_determinism)  # each process its own dropout
         unused = args.ddp_find_unused_parameters or sees(run.processing_class)  # a batch may have no picture
         run.policy = distributed.lay_out(run.model, world, trains=True, find_unused_parameters=unused)
@@ -253,7 +253,7 @@ def check_arguments(
                 raise UserError(f"{option} does nothing beside {name}, which train was given: leave one of them out")
     need_it = [o for o in ("load_in_4bit", "load_in_8bit", "merge_adapter", "ref_adapter_name") if getattr(args, o)]
     is_new = peft_config is not None or args.use_peft
-    if need_it and isinstance(model, str) and not is_new and models.adapter_base(model, args.model_revision) is None:
+    if need_it and isinstance(model, str) and not is_new and adapters.adapter_base(model, args.model_revision) is None:
         raise UserError(f"{need_it[0]} needs an adapter, and {model} is none: add use_peft, or leave it out")
     if args.sync_ref_model and ref_model is not None:
         raise UserError("sync_ref_model moves the policy's own start: leave out ref_model")
@@ -389,25 +389,19 @@ def prepare_rows(run: Run, source, split: str, subset: str | None, apart: bool) 
 
 def check_reading(run: Run) -> None:
     """Tries the model on the shortest training row, alone and beside another one: it must read them as
-    `models.check_reading` has it, and where answers are sampled generate what it has learnt to say."""
+    `checks.check_reading` has it, and where answers are sampled generate what it has learnt to say."""
     args, rows = run.args, run.train_rows
     order = sorted(range(len(rows)), key=rows["length"][:].__getitem__)
     alone, together = ([rows[i] for i in each] for each in (order[:1], [order[0], order[len(order) // 4]]))
     batches = (moved(ready_batch(run.collator(each), run.model), run.world.device) for each in (alone, together))
     drops = any("lora_dropout" in name and getattr(m, "p", 0) > 0 for name, m in run.model.named_modules())
     with autocast(args, run.world):
-        models.check_reading(run.model, *batches, is_quiet=args.disable_dropout and not drops)
+        checks.check_reading(run.model, *batches, is_quiet=args.disable_dropout and not drops)
     if not args.generate_during_eval:
         return
     collator = make_collator(run.processing_class, run.model, args=args)
-    exact = not (args.bf16 or args.fp16) and all(p.dtype == torch.float32 for p in run.model.parameters())
-    tolerance = 0.01 if exact else 1.0
     with autocast(args, run.world):
-        error, beside = (sampling.generation_error(run.model, each, collator) for each in (alone, together))
-    if error > tolerance:
-        kind = type(distributed.unwrap(run.model)).__name__
-        raise UserError(f"generate_during_eval: {kind} generates by other logits than it trains (by {error:.2g})")
-    run.answers_alone = beside > tolerance
+        run.answers_alone = checks.check_generation(run.model, alone, together, collator)
 
 
 def plan_epoch(run: Run, epoch: int = 0, *, drop_last: bool | None = None) -> list:
@@ -505,7 +499,7 @@ def claim_output(run: Run, ref_model) -> Path | None:
     sources |= {"ref_model_name_or_path": reference} if isinstance(reference, str) else {}
     sources |= {"eval_dataset_name": args.eval_dataset_name} if isinstance(args.eval_dataset_name, str) else {}
     name = sources.get("model_name_or_path", "")
-    sources |= {"the adapter's base": base} if Path(name).is_dir() and (base := models.adapter_base(name)) else {}
+    sources |= {"the adapter's base": base} if Path(name).is_dir() and (base := adapters.adapter_base(name)) else {}
     files.check_output(run.output_dir, sources)
 
     def claim() -> Path | None:

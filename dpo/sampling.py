@@ -3,18 +3,15 @@
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pkgutil import resolve_name
 
 import torch
 from tqdm.auto import tqdm
 
 from dpo import report
-from dpo.batches import moved
 from dpo.collate import DataCollatorForPreference, tokens_first
 from dpo.conversations import tokenizer_of
-from dpo.distributed import World, gather_lists, unwrap
-from dpo.logprobs import forward_kept_positions
+from dpo.distributed import World, gather_lists
 from dpo.reference import Reference, without_aux_loss
 from dpo.rows import first_line
 
@@ -67,41 +64,6 @@ def prompts_of(batch: dict, model) -> dict[str, torch.Tensor]:
         order = tokens_first(prompt["attention_mask"])
         prompt |= {key: prompt[key].gather(1, order) for key in ("input_ids", "attention_mask")}
     return prompt
-
-
-@torch.no_grad()
-def generation_error(model, rows: list[dict], collator: DataCollatorForPreference) -> float:
-    """The largest difference between the logits by which `generate` would go on from rows' prompts, beside each other
-    and from a cache, and those that training sees. A family's cache may forget what its training knows, or its
-    positions may count padding.
-
-    Args: rows, tokenised, whose chosen completions it is made to say; collator, of the padded layout.
-    Raises: ValueError if the model cannot generate.
-    """
-    was_training, device = model.training, next(model.parameters()).device
-    first, *forced = collator.decoder_start_ids or [None]
-    said = [[*forced, *row["chosen_input_ids"]] for row in rows]
-    steps = min(6, *map(len, said))
-    prompt = prompts_of(moved(replace(collator, layout="plain")(rows), device), model)
-    before = prompt["input_ids"].shape[1] if first is None else 1
-    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": steps, "pad_token_id": collator.pad_token_id}
-    options |= {"output_logits": True, "return_dict_in_generate": True}
-    try:
-        with without_aux_loss(model.eval()):
-            made = model.generate(
-                **prompt, **options, prefix_allowed_tokens_fn=lambda row, ids: [said[row][len(ids) - before]]
-            )
-        cut = [
-            {**row, "chosen_input_ids": row["chosen_input_ids"][: steps - len(forced)], "scored": []} for row in rows
-        ]
-        _, logits = forward_kept_positions(model, moved(collator(cut), device)["inputs"])
-    except Exception as error:  # one of many families' own ways to generate, or it has none
-        raise ValueError(f"{type(unwrap(model)).__name__} cannot generate: {first_line(error)}") from error
-    finally:
-        model.train(was_training)
-    trained = logits[: len(rows) * (steps - len(forced))].unflatten(0, (len(rows), -1))
-    difference = torch.stack(made.logits[len(forced) :], dim=1).float() - trained.float()
-    return float(difference.nan_to_num(0.0, 0.0, 0.0).abs().max())  # what both exclude is equal
 
 
 def answers_to(

@@ -26,7 +26,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging as transformers_logging
 
 from dpo import report
-from dpo.chat import answer, check_answers
+from dpo.chat import answer
+from dpo.checks import check_answers
 from dpo.collate import DataCollatorForPreference
 from dpo.config import DPOConfig, UserError
 from dpo.data import prepare_dataset

@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import torch
 from transformers import get_scheduler, set_seed
 
+from dpo.adapters import add_adapter
 from dpo.batches import epoch_windows, load_windows
 from dpo.collate import DataCollatorForPreference
 from dpo.config import EXAMPLE, DPOConfig
@@ -22,7 +23,7 @@ from dpo.distributed import World
 from dpo.logprobs import concatenated_forward
 from dpo.loop import train
 from dpo.losses import dpo_loss
-from dpo.models import add_adapter, load_model, load_processor, make_optimizer
+from dpo.models import load_model, load_processor, make_optimizer
 from dpo.reference import Reference, frozen_copy
 from dpo.sources import load_preferences
 

@@ -1,0 +1,174 @@
+"""Is a model fit to be trained on these rows, to be saved afterwards, and to answer by what it learnt?"""
+
+import math
+import re
+from dataclasses import replace
+
+import torch
+from peft import PeftModel
+
+from dpo.batches import moved
+from dpo.collate import DataCollatorForPreference
+from dpo.conversations import tokenizer_of
+from dpo.distributed import unwrap
+from dpo.logprobs import concatenated_forward, forward_kept_positions
+from dpo.models import decoder_start_ids
+from dpo.reference import without_aux_loss
+from dpo.rows import first_line
+from dpo.sampling import prompts_of
+
+
+@torch.no_grad()
+def check_reading(model: torch.nn.Module, alone: dict, together: dict, *, is_quiet: bool) -> None:
+    """Refuses a model that would be trained on something else than log π(y|x), by what it says of a row.
+
+    Its positions must not see later ones (those of BERT, loaded as if it were a decoder, do: it would read the answer):
+    with another last token the logits before it stay the same, but for noise, which the same row again shows, and which
+    is somebody else's to refuse. And in float32 a row must have the same log-probabilities alone and beside another
+    (not so where a batch's tokens compete for the room of an expert), and in training mode those of evaluation.
+
+    Args: alone, a ready batch of one row; together, of that row and another; is_quiet, whether no dropout is left.
+    """
+    kind, was_training, inputs = type(unwrap(model)).__name__, model.training, alone["inputs"]
+    keep, decoder = inputs["logits_to_keep"], "decoder_input_ids" in inputs
+    key = "decoder_input_ids" if decoder else "input_ids"
+    ids = inputs[key]
+    rows = torch.arange(len(ids), device=ids.device)
+    # The position of each sequence's last input: of a decoder's it predicts the last target, else it is that target.
+    last = keep.shape[1] - 1 - keep.flip(1).long().argmax(dim=1) + (0 if decoder else 1)
+    keep = keep.index_put((rows, last), torch.tensor(True, device=keep.device))
+    changed = ids.index_put((rows, last), torch.where(ids[rows, last] == 1, 2, 1))
+    both = [{**inputs, "logits_to_keep": keep, key: each} for each in (ids, changed)]
+    try:
+        model.eval()
+        first, again, other = (forward_kept_positions(model, each)[1] for each in (both[0], both[0], both[1]))
+        by_itself, beside = (concatenated_forward(model, batch)["chosen_logps"][0] for batch in (alone, together))
+        if is_quiet:
+            with torch.random.fork_rng():
+                trained = concatenated_forward(model.train(), alone)["chosen_logps"][0]
+    except Exception as error:  # of one of many families' own ways to fail
+        raise ValueError(f"{kind} cannot read the rows: {first_line(error)}") from error
+    finally:
+        model.train(was_training)
+    row, position = keep.nonzero().T
+    is_earlier = position < last[row]
+    earlier = (first - other)[is_earlier].abs().max() if is_earlier.any() else 0
+    now, noise = (first - other)[~is_earlier].abs().max(), (first - again).abs().max()
+    share = 0.1 if getattr(model, "is_quantized", False) else 1e-3  # 8 bits are rounded by what a batch has
+    if earlier > share * now + 10 * noise:
+        raise ValueError(f"{kind} sees later tokens, it is no causal language model: take one that generates text")
+    if any(p.dtype != torch.float32 for p in model.parameters()) or torch.is_autocast_enabled(ids.device.type) or noise:
+        return
+    if torch.get_float32_matmul_precision() != "highest":
+        return
+    tolerance = 1e-3 * abs(by_itself) + 1e-3
+    if abs(by_itself - beside) > tolerance:
+        nats = f"{float(by_itself):.4f} and {float(beside):.4f} nats"
+        raise ValueError(f"{kind} gives a completion other log-probabilities beside other rows than alone ({nats})")
+    if is_quiet and abs(by_itself - trained) > tolerance:
+        nats = f"{float(trained):.4f} and {float(by_itself):.4f} nats"
+        raise ValueError(
+            f"{kind} gives other log-probabilities in training than in evaluation, without dropout ({nats})"
+        )
+
+
+def check_rows_fit(model: torch.nn.Module, *, largest: int, longest: int) -> None:
+    """Refuses rows whose largest token id the model has not, or that are longer than a model with an embedding for each
+    position (GPT-2, OPT) can read."""
+    try:
+        vocabulary = model.get_input_embeddings().num_embeddings
+    except (NotImplementedError, AttributeError):  # a model of another make
+        vocabulary = math.inf
+    if largest >= vocabulary:
+        how = "take the model's own tokenizer, or resize_token_embeddings before the training"
+        raise ValueError(f"the tokenizer gives the id {largest}, the model knows {vocabulary} tokens: {how}")
+    config = getattr(model, "config", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
+    tables = [m for name, m in model.named_modules() if re.search(r"wpe$|position", name.rpartition(".")[2])]
+    if limit is None or not any(isinstance(m, torch.nn.Embedding) and m.num_embeddings >= limit for m in tables):
+        return
+    if longest > limit:
+        raise ValueError(f"rows have up to {longest} tokens, the model has {limit} positions: set max_length {limit}")
+
+
+def check_trainable(model: torch.nn.Module, *, fp16: bool) -> None:
+    """Refuses a policy that cannot be trained, or not be saved afterwards."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise ValueError("the model has no parameter that trains: load its adapter with is_trainable=True")
+    if isinstance(model, PeftModel) and getattr(model.peft_config[model.active_adapter], "lora_alpha", 1) == 0:
+        raise ValueError("lora_alpha of the model's adapter is 0: it would change nothing")
+    if getattr(model, "is_quantized", False) and not isinstance(model, PeftModel):
+        raise ValueError("a model in 4 or 8 bits can only train an adapter: add use_peft or peft_config")
+    half = [name for name, parameter in trained.items() if parameter.dtype == torch.float16]
+    if fp16 and half:
+        raise ValueError(f"fp16 needs float32 weights, {half[0]} is in float16: load the model with dtype float32")
+    settings = getattr(model, "generation_config", None)
+    try:
+        if settings is not None:
+            settings.validate(strict=True)
+    except ValueError as error:
+        if settings.do_sample:
+            raise ValueError(
+                f"the model's generation_config cannot be saved: {' '.join(str(error).split())}"
+            ) from error
+        settings.do_sample = True  # a temperature without sampling: what its author meant, and what can be saved
+        check_trainable(model, fp16=fp16)
+
+
+@torch.no_grad()
+def generation_error(model, rows: list[dict], collator: DataCollatorForPreference) -> float:
+    """The largest difference between the logits by which `generate` would go on from rows' prompts, beside each other
+    and from a cache, and those that training sees. A family's cache may forget what its training knows, or its
+    positions may count padding.
+
+    Args: rows, tokenised, whose chosen completions it is made to say; collator, of the padded layout.
+    Raises: ValueError if the model cannot generate.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    first, *forced = collator.decoder_start_ids or [None]
+    said = [[*forced, *row["chosen_input_ids"]] for row in rows]
+    steps = min(6, *map(len, said))
+    prompt = prompts_of(moved(replace(collator, layout="plain")(rows), device), model)
+    before = prompt["input_ids"].shape[1] if first is None else 1
+    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": steps, "pad_token_id": collator.pad_token_id}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    try:
+        with without_aux_loss(model.eval()):
+            made = model.generate(
+                **prompt, **options, prefix_allowed_tokens_fn=lambda row, ids: [said[row][len(ids) - before]]
+            )
+        cut = [
+            {**row, "chosen_input_ids": row["chosen_input_ids"][: steps - len(forced)], "scored": []} for row in rows
+        ]
+        _, logits = forward_kept_positions(model, moved(collator(cut), device)["inputs"])
+    except Exception as error:  # one of many families' own ways to generate, or it has none
+        raise ValueError(f"{type(unwrap(model)).__name__} cannot generate: {first_line(error)}") from error
+    finally:
+        model.train(was_training)
+    trained = logits[: len(rows) * (steps - len(forced))].unflatten(0, (len(rows), -1))
+    difference = torch.stack(made.logits[len(forced) :], dim=1).float() - trained.float()
+    return float(difference.nan_to_num(0.0, 0.0, 0.0).abs().max())  # what both exclude is equal
+
+
+def check_generation(
+    model: torch.nn.Module, alone: list[dict], together: list[dict], collator: DataCollatorForPreference
+) -> bool:
+    """Refuses a model that generates by other logits than it trains, asked for one row alone; and says whether it does
+    so for several together, which must then be asked one by one. Args: as in `generation_error`."""
+    is_exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    is_exact = is_exact and not torch.is_autocast_enabled(next(model.parameters()).device.type)
+    tolerance = 0.01 if is_exact else 1.0
+    if (error := generation_error(model, alone, collator)) > tolerance:
+        raise ValueError(f"{type(unwrap(model)).__name__} generates by other logits than it trains (by {error:.2g})")
+    return generation_error(model, together, collator) > tolerance
+
+
+def check_answers(model: torch.nn.Module, processor) -> None:
+    """Refuses a model that would answer by other logits than it was trained to have: so some families' caches."""
+    tokenizer = tokenizer_of(processor)
+    ids = tokenizer("Hello, who are you?", add_special_tokens=False)["input_ids"]
+    row = dict.fromkeys(("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"), ids)
+    start = decoder_start_ids(model) if getattr(model.config, "is_encoder_decoder", False) else None
+    collator = DataCollatorForPreference(tokenizer.pad_token_id or 0, "padded", decoder_start_ids=start)
+    check_generation(model, [row], [row], collator)
