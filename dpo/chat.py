@@ -12,8 +12,9 @@ from transformers.utils import logging as transformers_logging
 
 from dpo import models
 from dpo.checks import check_answers
-from dpo.conversations import sees, takes_parts, tokenizer_of, with_parts
-from dpo.data import image_inputs
+from dpo.conversations import image_token, sees, takes_parts, tokenizer_of, with_parts
+from dpo.data import image_inputs, wants_bos
+from dpo.distributed import unwrap
 from dpo.images import as_stored
 from dpo.reference import without_aux_loss
 from dpo.rows import first_line, text_of
@@ -53,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
             model = models.load_model(name, dtype=args.dtype, **trust).eval()
             model.to("cuda" if torch.cuda.is_available() else "cpu")
             speakers[name] = (model, models.load_processor(name, **trust))
-            check_answers(*speakers[name])
+            if not (args.image and sees(speakers[name][1])):  # some that see answer nothing without a picture
+                check_answers(*speakers[name])
         if args.image and not all(sees(processor) for _, processor in speakers.values()):
             raise ValueError("--image is for a model that sees: leave it out")
         images = [as_stored(image) for image in args.image]
@@ -144,15 +146,17 @@ def answer(
             text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template may raise anything
             raise ValueError(f"the chat template cannot take this conversation: {first_line(error)}") from error
-        inputs = {} if images else tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        special = sees(processor) and wants_bos(text, processor)
     else:
-        text = "".join(["" if not images else str(getattr(processor, "image_token", "")) * len(images)])
-        text += text_of(messages[-1])
-        inputs = {} if images else tokenizer(text, return_tensors="pt")
+        text = (image_token(processor) or "") * len(images) + text_of(messages[-1])
+        special = not images or wants_bos(text, processor)
     if images:
-        inputs = image_inputs(text, images, processor)
+        inputs = image_inputs(text, images, processor, add_special_tokens=special)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    inputs = {key: value.to(model.device) for key, value in inputs.items() if key != "token_type_ids" or images}
+    else:
+        inputs = tokenizer(text, add_special_tokens=special, return_tensors="pt")
+        inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    inputs = {key: value.to(model.device) for key, value in inputs.items()}
     length, limit = (
         inputs["input_ids"].shape[1],
         getattr(model.config.get_text_config(), "max_position_embeddings", None),
@@ -163,8 +167,11 @@ def answer(
         raise ValueError("there is nothing to answer: write something")
     reads_apart = getattr(model.config, "is_encoder_decoder", False)
     streamer = TextStreamer(tokenizer, skip_prompt=not reads_apart, skip_special_tokens=True) if streams else None
-    with torch.no_grad(), without_aux_loss(model):
-        ids = model.generate(**inputs, **sampling, streamer=streamer, pad_token_id=tokenizer.pad_token_id)[0]
+    try:
+        with torch.no_grad(), without_aux_loss(model):
+            ids = model.generate(**inputs, **sampling, streamer=streamer, pad_token_id=tokenizer.pad_token_id)[0]
+    except Exception as error:  # of one of many families' own ways to generate
+        raise ValueError(f"{type(unwrap(model)).__name__} cannot answer this: {first_line(error)}") from error
     return tokenizer.decode(ids if reads_apart else ids[length:], skip_special_tokens=True)
 
 

@@ -27,7 +27,7 @@ def check_reading(model: torch.nn.Module, alone: dict, together: dict, *, is_qui
     is somebody else's to refuse. And in float32 a row must have the same log-probabilities alone and beside another
     (not so where a batch's tokens compete for the room of an expert), and in training mode those of evaluation.
 
-    Args: alone, a ready batch of one row; together, of that row and another; is_quiet, whether no dropout is left.
+    Args: alone, a ready batch of one row; together, of others and that row; is_quiet, whether no dropout is left.
     """
     kind, was_training, inputs = type(unwrap(model)).__name__, model.training, alone["inputs"]
     keep, decoder = inputs["logits_to_keep"], "decoder_input_ids" in inputs
@@ -42,10 +42,10 @@ def check_reading(model: torch.nn.Module, alone: dict, together: dict, *, is_qui
     try:
         model.eval()
         first, again, other = (forward_kept_positions(model, each)[1] for each in (both[0], both[0], both[1]))
-        by_itself, beside = (concatenated_forward(model, batch)["chosen_logps"][0] for batch in (alone, together))
+        by_itself, beside = (logps_of_last(model, batch) for batch in (alone, together))
         if is_quiet:
             with torch.random.fork_rng():
-                trained = concatenated_forward(model.train(), alone)["chosen_logps"][0]
+                trained = logps_of_last(model.train(), alone)
     except Exception as error:  # of one of many families' own ways to fail
         raise ValueError(f"{kind} cannot read the rows: {first_line(error)}") from error
     finally:
@@ -61,15 +61,25 @@ def check_reading(model: torch.nn.Module, alone: dict, together: dict, *, is_qui
         return
     if torch.get_float32_matmul_precision() != "highest":
         return
-    tolerance = 1e-3 * abs(by_itself) + 1e-3
-    if abs(by_itself - beside) > tolerance:
-        nats = f"{float(by_itself):.4f} and {float(beside):.4f} nats"
+    tolerance = 1e-4 * abs(by_itself) + 1e-3
+    if ((by_itself - beside).abs() > tolerance).any():
+        nats = f"{in_words(by_itself)} and {in_words(beside)} nats"
         raise ValueError(f"{kind} gives a completion other log-probabilities beside other rows than alone ({nats})")
-    if is_quiet and abs(by_itself - trained) > tolerance:
-        nats = f"{float(trained):.4f} and {float(by_itself):.4f} nats"
+    if is_quiet and ((by_itself - trained).abs() > tolerance).any():
+        nats = f"{in_words(trained)} and {in_words(by_itself)} nats"
         raise ValueError(
             f"{kind} gives other log-probabilities in training than in evaluation, without dropout ({nats})"
         )
+
+
+def logps_of_last(model, batch: dict) -> torch.Tensor:
+    """(K,) log π of the completions of a batch's last row."""
+    result = concatenated_forward(model, batch)
+    return torch.cat([result["chosen_logps"][-1:], result["rejected_logps"][-1].flatten()])
+
+
+def in_words(values: torch.Tensor) -> str:
+    return ", ".join(f"{value:.4f}" for value in values.tolist())
 
 
 def check_rows_fit(model: torch.nn.Module, *, largest: int, longest: int) -> None:

@@ -91,20 +91,41 @@ def _with_special_tokens(text: str, processing_class, *, bos: bool, eos: bool) -
     return before * (bos and not text.startswith(before)) + text + after * eos
 
 
-def image_inputs(text: str, images: list, processing_class) -> dict[str, torch.Tensor]:
+def wants_bos(text: str, processing_class) -> bool:
+    """Whether a text still lacks the BOS that its tokenizer puts before texts. Processors put it before what a chat
+    template wrote, too (LLaVA's and Idefics2's leave it to them), where tokenizers leave that as it is."""
+    tokenizer = tokenizer_of(processing_class)
+    bos, ids = tokenizer.bos_token_id, tokenizer("a")["input_ids"]
+    is_put = bos is not None and ids[:1] == [bos] and ids[-1:] != [tokenizer.eos_token_id]
+    return is_put and not text.startswith(str(tokenizer.bos_token))
+
+
+def image_inputs(
+    text: str, images: list, processing_class, *, add_special_tokens: bool = False
+) -> dict[str, torch.Tensor]:
     """What a processor makes of a prompt and the pictures in it, without the attention mask: input_ids (1, P) and
-    whatever else its model reads. Raises: ValueError if it cannot."""
+    whatever else its model reads; add_special_tokens, with its own BOS. Raises: ValueError if it cannot."""
     images = [open_image(image) for image in images]
+    how = {} if add_special_tokens else {"add_special_tokens": False}  # some take no True
     try:
-        inputs = processing_class(text=[text], images=[images], add_special_tokens=False, return_tensors="pt")
+        inputs = processing_class(text=[text], images=[images], return_tensors="pt", **how)
     except Exception as error:  # a processor is a program of somebody else's, and pictures come in all sizes
         raise ValueError(f"the processor cannot take the prompt with its pictures: {first_line(error)}") from error
-    return {key: value for key, value in inputs.items() if key != "attention_mask"}
+    if "input_ids" not in inputs:
+        raise ValueError("the processor gives no input_ids of a prompt with pictures: its model reads them otherwise")
+    return {key: value for key, value in inputs.items() if key not in ("attention_mask", "labels")}
 
 
 def read_images(row: dict, processing_class) -> dict[str, torch.Tensor]:
     """What the model reads of a prepared row beside its token ids: the collator asks for it, batch by batch."""
-    inputs = image_inputs(row["prompt"], row["images"], processing_class)
+    try:
+        changed = [digest(image) for image in row["images"]] != row["pictures"]
+    except OSError as error:
+        raise ValueError(f"{row['source']}: a picture cannot be read: {error}") from error
+    if changed:
+        raise ValueError(f"{row['source']}: a picture is not what it was when the row was prepared: put it back")
+    bos = wants_bos(row["prompt"], processing_class)
+    inputs = image_inputs(row["prompt"], row["images"], processing_class, add_special_tokens=bos)
     if inputs.pop("input_ids")[0].tolist() != row["prompt_input_ids"]:
         raise ValueError(f"{row['source']}: the processor gives other tokens than before: has it been changed?")
     return inputs
@@ -183,7 +204,7 @@ def _continuation_ids(text: str, tokenizer) -> list[int]:
 
 # ---------------------------------------------------------------------------------------------------- a whole dataset
 
-ROWS_VERSION = 4  # raise it when this file makes other ids of a row than before: the cache's are then not taken
+ROWS_VERSION = 5  # raise it when this file makes other ids of a row than before: the cache's are then not taken
 BOUNDARY_SAMPLE = 1000  # rows of a part whose prompt and completion are tokenised together, too, to see what differs
 FLAGS = {  # what is counted, and the words that report it
     "bad": "left out as bad rows (skip_bad_rows)",
@@ -252,7 +273,7 @@ def prepare_dataset(
     features |= {"length": Value("int64"), "problem": Value("string"), "scores": List(Value("float32"))}
     features |= {"source": Value("string"), "scored": List(List(Value("bool")))}
     features |= dict.fromkeys(numbers, Value("float32"))
-    with_images = {"prompt": Value("string"), "images": List(Image()), "pictures": List(Value("int64"))}
+    with_images = {"prompt": Value("string"), "images": List(Image(decode=False)), "pictures": List(Value("int64"))}
     features |= with_images if sees(processing_class) else {}
     prepared = []
     for name, rows in parts.items():
@@ -317,6 +338,7 @@ def _flat_columns(rows: Dataset) -> Iterator[tuple[list[pa.Array], pa.Array]]:
 
 def _undecoded(rows: Dataset) -> Dataset:
     """Rows, which are this function's own, whose pictures are read as they are stored."""
+    features = rows.features  # a copy
 
     def leave(feature) -> None:
         if isinstance(feature, Image):
@@ -325,7 +347,8 @@ def _undecoded(rows: Dataset) -> Dataset:
             if each is not None:
                 leave(each)
 
-    leave(rows.features)
+    leave(features)
+    rows.info.features = features
     return rows
 
 
@@ -415,12 +438,14 @@ def _row_to_ids(
     tokenizer = tokenizer_of(processing_class)
     text = render_row(row, processing_class, chat_template_kwargs, today)
     _check_texts(row, text, allow_ties=allow_ties)
-    prepend_bos = (prepend_bos or add_special_tokens) and not text["templated"]
     eos = add_special_tokens and not text["templated"]
     if row["images"]:
-        text["prompt"] = _with_special_tokens(text["prompt"], processing_class, bos=prepend_bos, eos=eos)
-        prompt = image_inputs(text["prompt"], row["images"], processing_class)["input_ids"][0].tolist()
+        text["prompt"] = _with_special_tokens(text["prompt"], processing_class, bos=eos, eos=eos)
+        bos = wants_bos(text["prompt"], processing_class)
+        inputs = image_inputs(text["prompt"], row["images"], processing_class, add_special_tokens=bos)
+        prompt = inputs["input_ids"][0].tolist()
     else:
+        prepend_bos = eos or prepend_bos and (not text["templated"] or sees(processing_class))
         prompt = _prompt_ids(text["prompt"], tokenizer, prepend_bos=prepend_bos)
         prompt += [tokenizer.eos_token_id] * (eos and tokenizer.eos_token_id is not None)
     if not prompt:

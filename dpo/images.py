@@ -25,11 +25,13 @@ def lift_images(row: dict) -> dict:
     lifted, places = {key: value for key, value in row.items() if key not in ("image", "images")}, []
     for column in ("prompt", "chosen", "rejected", "completions"):
         if isinstance(row.get(column), list):
-            lifted[column] = _lifted(row[column], shown := [])
-            places = places or shown
-            # Conversations that begin with their prompt show its pictures again; several of them, several times.
-            if shown and shown != places * (len(shown) // len(places)):
-                raise ValueError(f"column {column!r} shows other pictures than the prompt: they belong to the prompt")
+            are_several = any(isinstance(each, list) for each in row[column])
+            seen = [(_lifted(each, shown := []), shown) for each in (row[column] if are_several else [row[column]])]
+            lifted[column] = [each for each, _ in seen] if are_several else seen[0][0]
+            for _, shown in seen:  # conversations that begin with their prompt show its pictures again
+                places = places or shown
+                if shown and shown != places:
+                    raise ValueError(f"column {column!r} shows other pictures than the prompt: they belong to it")
     empty = places.count(None)
     if places and len(given) != empty and given != places:
         raise ValueError(f"the row has {len(given)} pictures for {empty} places in its messages")
@@ -74,7 +76,7 @@ def as_stored(picture) -> dict:
             raise ValueError(f"the picture {picture[:60]!r} cannot be read: {error}") from error
     if isinstance(picture, str | os.PathLike):
         path = Path(picture).expanduser()
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file raises where a name is too long, as somebody's base64 is
             raise ValueError(f"there is no picture {str(picture)[:100]!r}: check the path")
         return {"bytes": None, "path": str(path.resolve())}
     if is_in_memory(picture):
@@ -105,8 +107,10 @@ def open_image(picture) -> Image.Image:
     """A picture, of PIL, NumPy or as `as_stored` gives it, in RGB, upright. Raises: ValueError if it cannot be read."""
     try:
         if isinstance(picture, dict):
-            picture = Image.open(io.BytesIO(picture["bytes"]) if picture["bytes"] else picture["path"])
+            picture = Image.open(picture["path"] or io.BytesIO(picture["bytes"] or b""))
         picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+        if picture.mode.startswith(("I", "F")):  # of more than 8 bits, all of which would be white
+            raise ValueError(f"its mode is {picture.mode}: save it with 8 bits a channel")
         return ImageOps.exif_transpose(picture).convert("RGB")
     except (OSError, SyntaxError, TypeError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"a picture cannot be read: {error}") from error

@@ -183,7 +183,7 @@ def disable_dropout(model: torch.nn.Module) -> None:
     for module in modules:
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    for holder in [*modules, *(module.config for module in modules if getattr(module, "config", None) is not None)]:
+    for holder in [*modules, *(m.config for m in modules if hasattr(getattr(m, "config", None), "__dict__"))]:
         for name in [name for name, value in vars(holder).items() if "drop" in name and isinstance(value, float)]:
             setattr(holder, name, 0.0)
 

@@ -388,15 +388,21 @@ def prepare_rows(run: Run, source, split: str, subset: str | None, apart: bool) 
 
 
 def check_reading(run: Run) -> None:
-    """Tries the model on the shortest training row, alone and beside another one: it must read them as
-    `checks.check_reading` has it, and where answers are sampled generate what it has learnt to say."""
+    """Tries the model on the shortest training row, alone and behind another one: it must read them as
+    `checks.check_reading` has it, and where answers are sampled generate what it has learnt to say. Where rows have
+    pictures it is the shortest with some (and without), behind the shortest with the most."""
     args, rows = run.args, run.train_rows
     order = sorted(range(len(rows)), key=rows["length"][:].__getitem__)
-    alone, together = ([rows[i] for i in each] for each in (order[:1], [order[0], order[len(order) // 4]]))
-    batches = (moved(ready_batch(run.collator(each), run.model), run.world.device) for each in (alone, together))
+    shown = [len(each) for each in rows["pictures"][:]] if "pictures" in rows.column_names else [0] * len(rows)
+    shortest = {shown[i]: i for i in reversed(order)}  # of each number of pictures
+    tried = sorted(shortest)[: 2 if 0 in shortest else 1]
+    others = {order[len(order) // 4], *(shortest[count] for count in (*tried, max(shortest)) if len(shortest) > 1)}
     drops = any("lora_dropout" in name and getattr(m, "p", 0) > 0 for name, m in run.model.named_modules())
-    with autocast(args, run.world):
-        checks.check_reading(run.model, *batches, is_quiet=args.disable_dropout and not drops)
+    for count in tried:
+        alone, together = ([rows[i] for i in each] for each in ([shortest[count]], [*others, shortest[count]]))
+        batches = (moved(ready_batch(run.collator(each), run.model), run.world.device) for each in (alone, together))
+        with autocast(args, run.world):
+            checks.check_reading(run.model, *batches, is_quiet=args.disable_dropout and not drops)
     if not args.generate_during_eval:
         return
     collator = make_collator(run.processing_class, run.model, args=args)

@@ -404,3 +404,62 @@ def test_two_processes_equal_one_on_pictures_from_files(seeing, tmp_path):
         run("dpo.loop", *files, *options.split(), "--output_dir", str(out), processes=processes)
         curves[processes] = curve(read(out))
     assert curves[0] == pytest.approx(curves[2], abs=1e-5) and curves[0][2] != pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_a_model_that_begins_with_bos_gets_it_once_as_its_processor_would_put_it(seeing, tmp_path):
+    """Where a chat template writes none: with pictures and without, as apply_chat_template tokenises."""
+    model, _ = seeing["llava"]
+    own = make_tokenizer(None, bos=True)
+    own.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    how = {"patch_size": 14, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    eyes = transformers.CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = transformers.LlavaProcessor(eyes, own, **how, chat_template=TEMPLATE.replace("PLACE", "<image>"))
+    for row in (
+        {"images": [picture(1)], "prompt": said("a"), "chosen": answer("red"), "rejected": answer("blue")},
+        {"images": None, "prompt": said("a", 0), "chosen": answer("red"), "rejected": answer("blue")},
+    ):
+        (ids,) = prepared([row], processor)["prompt_input_ids"]
+        messages = copy.deepcopy(row["prompt"])
+        if row["images"]:
+            messages[0]["content"][0]["image"] = row["images"][0]
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        assert ids == processor.apply_chat_template(messages, **options)["input_ids"][0]
+        assert ids.count(own.bos_token_id) == 1 and ids[0] == own.bos_token_id
+
+
+def test_pictures_of_a_hub_s_column_are_read_as_they_are_stored(seeing, tmp_path):
+    """Not opened and packed again: a JPEG would be another; and a broken one is a bad row, not the end."""
+    _, processor = seeing["llava"]
+    file = io.BytesIO()
+    picture(1).save(file, "JPEG", quality=30)
+    stored = [{"bytes": file.getvalue(), "path": None}, {"bytes": b"no picture", "path": None}]
+    texts = {"question": ["a", "b"], "chosen": ["red"] * 2, "rejected": ["blue"] * 2}
+    table = Dataset.from_dict({"image": stored, **texts}).cast_column("image", datasets.Image())
+    rows = prepare_dataset({"dataset": table}, processor, skip_bad_rows=True)
+    assert len(rows) == 1 and rows[0]["images"] == [stored[0]]
+    with pytest.raises(ValueError, match="dataset, row 2: .*picture cannot be read"):
+        prepare_dataset({"dataset": table}, processor)
+
+
+def test_a_picture_that_changed_since_its_row_was_prepared_is_noticed(seeing, tmp_path):
+    _, processor = seeing["llava"]
+    picture(1).save(tmp_path / "a.png")
+    row = {"images": [str(tmp_path / "a.png")], "prompt": said("a"), "chosen": answer("red"), "rejected": answer("b")}
+    (row,) = prepared([row], processor)
+    assert read_images(row, processor)["pixel_values"].shape == (1, 3, 28, 28)
+    picture(2).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="dataset, row 1: a picture is not what it was"):
+        read_images(row, processor)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(ValueError, match="dataset, row 1: a picture cannot be read"):
+        read_images(row, processor)
+
+
+def test_conversations_of_a_ranking_may_each_show_the_prompt_s_picture(seeing):
+    _, processor = seeing["llava"]
+    whole = [said("a") + answer(text) for text in ("red", "dark", "blue")]
+    row = {"images": [picture(1)], "completions": whole, "scores": [3.0, 2.0, 1.0]}
+    ranked = prepared([row], processor, ranked=True)[0]
+    plain = {"images": [picture(1)], "prompt": said("a"), "chosen": answer("red"), "rejected": answer("blue")}
+    assert ranked["prompt_input_ids"] == prepared([plain], processor)[0]["prompt_input_ids"]
+    assert len(ranked["rejected_input_ids"]) == 2 and len(ranked["images"]) == 1
