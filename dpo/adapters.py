@@ -60,6 +60,8 @@ def check_adapter(model: torch.nn.Module, peft_config) -> PeftConfig:
     is_open = [getattr(peft_config, name, "none") for name in ("target_modules", "target_parameters")] == [None, None]
     if is_open and kind not in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
         peft_config.target_modules = "all-linear"
+    elif is_open:  # PEFT itself takes no choice of its own where experts are single parameters
+        peft_config.target_modules = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[kind]
     if peft_config.is_prompt_learning:
         raise ValueError("prompt learning puts tokens before the text, which moves the completion: use LoRA")
     for option in ("target_modules", "modules_to_save"):

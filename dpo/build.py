@@ -18,7 +18,7 @@ from transformers import get_scheduler
 from dpo import adapters, checks, distributed, models
 from dpo.batches import load_windows
 from dpo.checkpoint import TrainingState
-from dpo.collate import DataCollatorForPreference
+from dpo.collate import DataCollatorForPreference, decoder_start_ids
 from dpo.config import DPOConfig, UserError
 from dpo.conversations import sees, tokenizer_of
 from dpo.data import read_images
@@ -118,7 +118,7 @@ def make_collator(processing_class, model, *, args: DPOConfig) -> DataCollatorFo
     tokenizer, start = tokenizer_of(processing_class), None
     padding_value = args.padding_value if args.padding_value is not None else tokenizer.pad_token_id or 0
     if reads_apart(model, args=args):
-        start = models.decoder_start_ids(model)
+        start = decoder_start_ids(model)
     elif args.label_pad_token_id != DPOConfig.label_pad_token_id:
         raise UserError("label_pad_token_id does nothing without an encoder-decoder: leave it out")
     read = partial(read_images, processing_class=processing_class) if sees(processing_class) else None
@@ -153,6 +153,8 @@ def build_reference(policy, ref_model, columns: list[str], *, args: DPOConfig) -
     if ref_model is not None:
         if isinstance(ref_model, str):
             ref_model = models.load_model(ref_model, **{**how_to_load(args), **args.ref_model_init_kwargs})
+        if reads_apart(ref_model, args=args) != reads_apart(policy, args=args):
+            raise UserError("of policy and reference one is an encoder-decoder, the other is not: take two of a kind")
         ref_model = without_dropout(models.keep_differentiable(ref_model)).requires_grad_(False)
         return Reference(**common, ref_model=ref_model, kind="another model"), False
     # An adapter keeps its own dropout, which shows wherever its B is not 0: as it is not in a reference.

@@ -1,10 +1,12 @@
 """Talk to a trained model: `python -m dpo.chat --model_name_or_path DIR`. With --prompt it answers once and ends; with
---compare REF a second model answers, too, before it; with --image FILE the first question shows a picture."""
+--compare REF a second model answers beside it, by the same noise; with --image FILE the first question shows a
+picture."""
 
 import argparse
 import shutil
 import sys
 import textwrap
+from contextlib import nullcontext
 
 import torch
 from transformers import TextStreamer, set_seed
@@ -13,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from dpo import models
 from dpo.checks import check_answers
 from dpo.conversations import image_token, sees, takes_parts, tokenizer_of, with_parts
-from dpo.data import image_inputs, wants_bos
+from dpo.data import image_inputs, tokenize_row, wants_bos
 from dpo.distributed import unwrap
 from dpo.images import as_stored
 from dpo.reference import without_aux_loss
@@ -41,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         (args.max_new_tokens >= 1, "--max_new_tokens must be at least 1"),
         (0 <= args.temperature < float("inf"), "--temperature must be a number, 0 or above"),
         (0 < args.top_p <= 1, "--top_p must be above 0, at most 1"),
+        (args.compare != args.model_name_or_path, "--compare names the model itself: name another one"),
         (0 <= args.seed < 2**32, "--seed must be at least 0, and below 2**32"),
     ):
         if not is_right:
@@ -116,7 +119,8 @@ def answers_of(speakers: dict, said: dict[str, list[dict]], images: list, sampli
         return {name: answer(model, processor, said[name], sampling, images=images)}
     answers = {}
     for name, (model, processor) in speakers.items():
-        answers[name] = answer(model, processor, said[name], sampling, images=images, streams=False)
+        with torch.random.fork_rng() if name == next(iter(speakers)) else nullcontext():  # the same noise for both
+            answers[name] = answer(model, processor, said[name], sampling, images=images, streams=False)
     print(side_by_side(answers, width=shutil.get_terminal_size().columns))
     return answers
 
@@ -150,8 +154,13 @@ def answer(
     else:
         text = (image_token(processor) or "") * len(images) + text_of(messages[-1])
         special = not images or wants_bos(text, processor)
+    reads_apart = getattr(model.config, "is_encoder_decoder", False)
     if images:
         inputs = image_inputs(text, images, processor, add_special_tokens=special)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    elif reads_apart and not processor.chat_template:  # as its rows are
+        row = tokenize_row({"prompt": text, "chosen": "", "rejected": ""}, processor, add_special_tokens=True)
+        inputs = {"input_ids": torch.tensor([row["prompt_input_ids"]])}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     else:
         inputs = tokenizer(text, add_special_tokens=special, return_tensors="pt")
@@ -165,7 +174,6 @@ def answer(
         raise ValueError(f"the conversation has {length} tokens, the model reads {limit}: make it shorter")
     if not length:
         raise ValueError("there is nothing to answer: write something")
-    reads_apart = getattr(model.config, "is_encoder_decoder", False)
     streamer = TextStreamer(tokenizer, skip_prompt=not reads_apart, skip_special_tokens=True) if streams else None
     try:
         with torch.no_grad(), without_aux_loss(model):

@@ -56,11 +56,11 @@ def save_model(directory: Path, world: World, model: torch.nn.Module, processing
     if world.rank == 0:
         adapter = getattr(model, "active_adapter", None)
         own = {"selected_adapters": [adapter]} if isinstance(model, PeftModel) else {}  # not that of the reference
-        if hasattr(model, "save_pretrained"):
+        if hasattr(type(unwrap(model)), "save_pretrained"):
             model.save_pretrained(directory, **own)
         else:  # a module of the caller's own: its weights by their names
             directory.mkdir(parents=True, exist_ok=True)
-            safetensors.torch.save_model(model, directory / "model.safetensors")
+            safetensors.torch.save_model(unwrap(model), directory / "model.safetensors")
         if own and (directory / adapter).is_dir():
             # PEFT puts an adapter that has a name into a folder of its own, where nothing looks for it.
             for path in (directory / adapter).iterdir():
@@ -111,6 +111,8 @@ def check_same_run(directory: Path, same_run: dict) -> dict:
     which may be a part of all that was saved: the options, before a model is loaded."""
     saved = read_state(directory)
     before = saved["same_run"]
+    if not same_run.keys() <= before.keys():
+        raise ValueError(f"resume_from_checkpoint {directory}: another version of this code saved it")
     differing = [f"{key} {before.get(key)} (now {now})" for key, now in same_run.items() if now != before.get(key)]
     if differing:
         raise ValueError(f"resume_from_checkpoint {directory}: it is of another run, with {', '.join(differing)}")
@@ -129,7 +131,7 @@ def load_weights(directory: Path, model: torch.nn.Module) -> None:
     model = unwrap(model)
     if isinstance(model, PeftModel):
         set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"), model.active_adapter)
-    elif hasattr(model, "from_pretrained"):
+    elif hasattr(type(model), "from_pretrained"):
         saved = type(model).from_pretrained(directory, dtype=model.dtype)
         model.load_state_dict(saved.state_dict())
     else:

@@ -8,41 +8,31 @@ import torch
 from peft import PeftModel
 
 from dpo.batches import moved
-from dpo.collate import DataCollatorForPreference
+from dpo.collate import DataCollatorForPreference, decoder_start_ids
 from dpo.conversations import tokenizer_of
 from dpo.distributed import unwrap
 from dpo.logprobs import concatenated_forward, forward_kept_positions
-from dpo.models import decoder_start_ids
 from dpo.reference import without_aux_loss
 from dpo.rows import first_line
 from dpo.sampling import prompts_of
 
 
 @torch.no_grad()
-def check_reading(model: torch.nn.Module, alone: dict, together: dict, *, is_quiet: bool) -> None:
+def check_reading(model: torch.nn.Module, alone: dict, together: dict, *, is_quiet: bool) -> dict[str, torch.Tensor]:
     """Refuses a model that would be trained on something else than log π(y|x), by what it says of a row.
 
-    Its positions must not see later ones (those of BERT, loaded as if it were a decoder, do: it would read the answer):
-    with another last token the logits before it stay the same, but for noise, which the same row again shows, and which
-    is somebody else's to refuse. And in float32 a row must have the same log-probabilities alone and beside another
-    (not so where a batch's tokens compete for the room of an expert), and in training mode those of evaluation.
+    Its positions must not see later ones (those of BERT, loaded as if it were a decoder, do: it would read the answer).
+    And in float32 a row must have the same log-probabilities alone and beside others (not so where a batch's tokens
+    compete for the room of an expert), and in training mode those of evaluation.
 
     Args: alone, a ready batch of one row; together, of others and that row; is_quiet, whether no dropout is left.
+    Returns: what `concatenated_forward` gives of the row alone.
     """
-    kind, was_training, inputs = type(unwrap(model)).__name__, model.training, alone["inputs"]
-    keep, decoder = inputs["logits_to_keep"], "decoder_input_ids" in inputs
-    key = "decoder_input_ids" if decoder else "input_ids"
-    ids = inputs[key]
-    rows = torch.arange(len(ids), device=ids.device)
-    # The position of each sequence's last input: of a decoder's it predicts the last target, else it is that target.
-    last = keep.shape[1] - 1 - keep.flip(1).long().argmax(dim=1) + (0 if decoder else 1)
-    keep = keep.index_put((rows, last), torch.tensor(True, device=keep.device))
-    changed = ids.index_put((rows, last), torch.where(ids[rows, last] == 1, 2, 1))
-    both = [{**inputs, "logits_to_keep": keep, key: each} for each in (ids, changed)]
+    kind, was_training = type(unwrap(model)).__name__, model.training
     try:
-        model.eval()
-        first, again, other = (forward_kept_positions(model, each)[1] for each in (both[0], both[0], both[1]))
+        earlier, later, noise = changes_by_a_last_token(model.eval(), alone["inputs"])
         by_itself, beside = (logps_of_last(model, batch) for batch in (alone, together))
+        result = concatenated_forward(model, alone)
         if is_quiet:
             with torch.random.fork_rng():
                 trained = logps_of_last(model.train(), alone)
@@ -50,26 +40,44 @@ def check_reading(model: torch.nn.Module, alone: dict, together: dict, *, is_qui
         raise ValueError(f"{kind} cannot read the rows: {first_line(error)}") from error
     finally:
         model.train(was_training)
-    row, position = keep.nonzero().T
-    is_earlier = position < last[row]
-    earlier = (first - other)[is_earlier].abs().max() if is_earlier.any() else 0
-    now, noise = (first - other)[~is_earlier].abs().max(), (first - again).abs().max()
     share = 0.1 if getattr(model, "is_quantized", False) else 1e-3  # 8 bits are rounded by what a batch has
-    if earlier > share * now + 10 * noise:
+    if earlier > share * later + 10 * noise:
         raise ValueError(f"{kind} sees later tokens, it is no causal language model: take one that generates text")
-    if any(p.dtype != torch.float32 for p in model.parameters()) or torch.is_autocast_enabled(ids.device.type) or noise:
-        return
-    if torch.get_float32_matmul_precision() != "highest":
-        return
+    is_exact = all(p.dtype == torch.float32 for p in model.parameters())
+    is_exact = is_exact and not torch.is_autocast_enabled(by_itself.device.type) and noise < 1e-3
+    if not is_exact or torch.get_float32_matmul_precision() != "highest":
+        return result
     tolerance = 1e-4 * abs(by_itself) + 1e-3
     if ((by_itself - beside).abs() > tolerance).any():
         nats = f"{in_words(by_itself)} and {in_words(beside)} nats"
         raise ValueError(f"{kind} gives a completion other log-probabilities beside other rows than alone ({nats})")
     if is_quiet and ((by_itself - trained).abs() > tolerance).any():
-        nats = f"{in_words(trained)} and {in_words(by_itself)} nats"
-        raise ValueError(
-            f"{kind} gives other log-probabilities in training than in evaluation, without dropout ({nats})"
-        )
+        what = "gives other log-probabilities in training than in evaluation, without dropout"
+        raise ValueError(f"{kind} {what} ({in_words(trained)} and {in_words(by_itself)} nats)")
+    return result
+
+
+def changes_by_a_last_token(model: torch.nn.Module, inputs: dict) -> tuple[float, float, float]:
+    """How far logits move when each sequence gets another last token: (at most, at the positions before it; at its own;
+    when nothing changes, which is noise, and somebody else's to refuse).
+
+        input     x₁ x₂ y₁ y₂ y₃        decoder   ▸  y₁ y₂
+        kept         ·  ·  ·            kept      ·  ·  ·
+        changed               ↑         changed         ↑      a decoder's last input predicts the last target
+    """
+    key = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    keep, ids = inputs["logits_to_keep"], inputs[key]
+    rows = torch.arange(len(ids), device=ids.device)
+    last = keep.shape[1] - 1 - keep.flip(1).long().argmax(dim=1) + (key == "input_ids")
+    keep = keep.index_put((rows, last), torch.tensor(True, device=keep.device))
+    changed = ids.index_put((rows, last), torch.where(ids[rows, last] == 1, 2, 1))
+    first, again, other = (
+        forward_kept_positions(model, {**inputs, "logits_to_keep": keep, key: each})[1] for each in (ids, ids, changed)
+    )
+    row, position = keep.nonzero().T
+    moved, is_earlier = (first - other).abs().amax(dim=1), position < last[row]
+    earlier = float(moved[is_earlier].max()) if is_earlier.any() else 0.0
+    return earlier, float(moved[~is_earlier].max()), float((first - again).abs().max())
 
 
 def logps_of_last(model, batch: dict) -> torch.Tensor:
@@ -93,7 +101,8 @@ def check_rows_fit(model: torch.nn.Module, *, largest: int, longest: int) -> Non
         how = "take the model's own tokenizer, or resize_token_embeddings before the training"
         raise ValueError(f"the tokenizer gives the id {largest}, the model knows {vocabulary} tokens: {how}")
     config = getattr(model, "config", None)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(text_config, "max_position_embeddings", None)
     tables = [m for name, m in model.named_modules() if re.search(r"wpe$|position", name.rpartition(".")[2])]
     if limit is None or not any(isinstance(m, torch.nn.Embedding) and m.num_embeddings >= limit for m in tables):
         return

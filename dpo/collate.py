@@ -95,7 +95,7 @@ def pad(rows: list[torch.Tensor], value: int, *, left: bool = False) -> torch.Te
 def joined_tensors(features: list[dict], *, width: int) -> dict[str, torch.Tensor]:
     """The tensors of rows as {prompt_X: one tensor of the batch}, whatever X is.
 
-    Of a prompt's tokens, integers of shape (1, P, ...), as token_type_ids: (B, width, ...), zeros on the left, and
+    Of a prompt's tokens, of shape (1, P, ...), as token_type_ids: (B, width, ...), zeros on the left, and
     where a row has none. Of its pictures, (any number, ...): one after the other along the first dimension, which
     counts pictures, or patches, or rows; in the others the smaller are filled up with zeros, as processors do it.
     """
@@ -214,8 +214,22 @@ def ready_batch(batch: dict, model, padding_value: int = 0) -> dict:
     if "inputs" in batch:
         return batch
     if getattr(config, "is_encoder_decoder", False):
-        return encoder_decoder_batch(batch, [config.decoder_start_token_id], padding_value)
+        return encoder_decoder_batch(batch, decoder_start_ids(getattr(model, "module", model)), padding_value)
     return padded_batch(batch, padding_value)
+
+
+def decoder_start_ids(model: torch.nn.Module) -> list[int]:
+    """What the decoder of an encoder-decoder begins with before it says something of its own: its start token, and the
+    one that generation forces upon it, where there is one (a language, or BOS)."""
+    holders = [getattr(model, name, None) for name in ("generation_config", "config")]
+
+    def first(key: str) -> int | None:
+        return next((value for each in holders if (value := getattr(each, key, None)) is not None), None)
+
+    if (start := first("decoder_start_token_id")) is None:
+        raise ValueError("the model's configuration has no decoder_start_token_id, its decoder cannot begin: set it")
+    forced = first("forced_bos_token_id")
+    return [start] if forced is None else [start, forced]
 
 
 def scored_tokens(batch: dict, joined: dict) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -237,8 +251,9 @@ def tokens_first(mask: torch.Tensor) -> torch.Tensor:
 
 def is_of_tokens(name: str, value: torch.Tensor, shape: tuple[int, int]) -> bool:
     """Whether a tensor has something for each token of prompts of that shape, as token_type_ids, and not for their
-    pictures."""
-    return name.endswith(("_ids", "_mask")) and tuple(value.shape[:2]) == tuple(shape)
+    pictures, of which there may be as many."""
+    of_pictures = name.startswith(("pixel_", "image_", "spatial_", "aspect_"))
+    return name.endswith(("_ids", "_mask")) and not of_pictures and tuple(value.shape[:2]) == tuple(shape)
 
 
 def go_on(value: torch.Tensor, tokens: int) -> torch.Tensor:

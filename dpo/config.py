@@ -108,7 +108,9 @@ class DPOConfig:
     max_length: int | None = option(None, "The same for prompt and completion together.", least=2)
     truncation_mode: str = option("keep_end", "What stays of a cut prompt.", choices="keep_end keep_start")
     padding_value: int | None = option(None, "Token id to pad with; by default the tokenizer's.", least=0)
-    label_pad_token_id: int = option(-100, "In an encoder-decoder's labels, what stands for padding.", most=-1)
+    label_pad_token_id: int = option(
+        -100, "What is padding in an encoder-decoder's batch['labels'], which are for you.", most=-1
+    )
     layout: str = option("auto", "How batches look; auto takes padded, exact for every model.", choices="auto padded")
     dataset_num_proc: int | None = option(None, "Processes that tokenise the dataset.", least=1)
     dataloader_num_workers: int = option(0, "Processes that make batches ready.", least=0)

@@ -406,7 +406,7 @@ def with_date(template: str, today: str) -> str:
     def written(call: re.Match) -> str:
         return repr(datetime.date.fromisoformat(today).strftime(call[2]))
 
-    return re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", written, template)
+    return re.sub(r"""strftime_now\(\s*(?:format\s*=\s*)?(['"])(.*?)\1\s*\)""", written, template)
 
 
 def reads_variable(template: str, name: str) -> bool:

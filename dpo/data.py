@@ -58,7 +58,7 @@ def tokenize_row(
     rejected = rejected if is_several(features["rejected"]) else rejected[0]
     ids = dict(zip(IDS, (prompt, chosen, rejected), strict=True))
     limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
-    return truncate_row(ids, bos_token_id=bos, **limits)
+    return truncate_row(ids, bos_token_id=bos, eos_token_id=eos if add_special_tokens else None, **limits)
 
 
 def process_row(
@@ -74,6 +74,8 @@ def process_row(
     gives (pixel_values, image_grid_thw, token_type_ids, ...), tensors of this one row. Raises: ValueError if the
     prompt is longer than max_prompt_length: pictures are never cut.
     """
+    if not features.get("images"):
+        return tokenize_row(features, processing_class, max_prompt_length, max_completion_length, add_special_tokens)
     ids = tokenize_row(features, processing_class, max_completion_length=max_completion_length)
     text = _with_special_tokens(features["prompt"], processing_class, bos=add_special_tokens, eos=add_special_tokens)
     inputs = image_inputs(text, features["images"], processing_class)
@@ -135,6 +137,7 @@ def truncate_row(
     ids: dict[str, list[int]],
     *,
     bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
     max_length: int | None = None,
@@ -143,10 +146,11 @@ def truncate_row(
     """Cuts a tokenised row to its limits, all in tokens, None for no limit; before any padding.
 
     A prompt longer than max_prompt_length loses its start (truncation_mode "keep_end") or its end ("keep_start"); a
-    begin-of-sequence token in front stays, unless there is room for one token only. A completion longer than
-    max_completion_length loses its end. max_length is of both together: "keep_end" takes the excess of the longest
-    completion off the prompt's start (all completions keep the same prompt, of at least one token); what is then still
-    too long, and all with "keep_start", comes off the completion's end, even if nothing of it is left.
+    begin-of-sequence token in front, and an end-of-sequence one behind, stay, unless there is room for one token only.
+    A completion longer than max_completion_length loses its end. max_length is of both together: "keep_end" takes the
+    excess of the longest completion off the prompt's start (all completions keep the same prompt, of at least one
+    token); what is then still too long, and all with "keep_start", comes off the completion's end, even if nothing of
+    it is left.
     """
     prompt, chosen, rejected = (ids[name] for name in IDS)
     several = is_several(rejected)
@@ -156,8 +160,9 @@ def truncate_row(
         room = min(room, max(1, max_length - max(map(len, completions))))
     if len(prompt) > room:
         head = prompt[:1] if room > 1 and prompt[0] == bos_token_id else []
-        kept = room - len(head)
-        prompt = head + (prompt[len(prompt) - kept :] if truncation_mode == "keep_end" else prompt[len(head) : room])
+        tail = prompt[-1:] if room > 1 + len(head) and prompt[-1] == eos_token_id else []
+        middle, kept = prompt[len(head) : len(prompt) - len(tail)], room - len(head) - len(tail)
+        prompt = head + (middle[len(middle) - kept :] if truncation_mode == "keep_end" else middle[:kept]) + tail
     if max_length is not None:
         completions = [completion[: max(0, max_length - len(prompt))] for completion in completions]
     chosen, *rejected = completions
@@ -455,7 +460,8 @@ def _row_to_ids(
     parts = zip(text["turns"], text["closed"], strict=True)
     (chosen, *rejected), scored = zip(*(_turn_ids(turns, tokenizer, closed=c) for turns, c in parts), strict=True)
     ids = dict(zip(IDS, (prompt, chosen, rejected), strict=True))
-    cut = truncate_row(ids, bos_token_id=tokenizer.bos_token_id, **limits)
+    specials = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id if eos else None}
+    cut = truncate_row(ids, **specials, **limits)
     prompt, chosen, rejected = cut.values()
     scored = [mask[: len(ids)] for mask, ids in zip(scored, (chosen, *rejected), strict=True)]
     is_partly = not all(map(all, scored))  # else the masks would say nothing

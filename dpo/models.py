@@ -214,20 +214,6 @@ def make_optimizer(
     return kinds[name](groups, lr=learning_rate, betas=betas, eps=eps)
 
 
-def decoder_start_ids(model: torch.nn.Module) -> list[int]:
-    """What the decoder of an encoder-decoder begins with before it says something of its own: its start token, and the
-    one that generation forces upon it, where there is one (a language, or BOS)."""
-    holders = [getattr(model, name, None) for name in ("generation_config", "config")]
-
-    def first(key: str) -> int | None:
-        return next((value for each in holders if (value := getattr(each, key, None)) is not None), None)
-
-    if (start := first("decoder_start_token_id")) is None:
-        raise ValueError("the model's configuration has no decoder_start_token_id, its decoder cannot begin: set it")
-    forced = first("forced_bos_token_id")
-    return [start] if forced is None else [start, forced]
-
-
 def set_router(model: torch.nn.Module, *, output_router_logits: bool, router_aux_loss_coef: float | None) -> None:
     """Lets a mixture of experts work out its load balance, and sets that loss's factor, in its configuration."""
     holders = [config for config in _configs(model) if hasattr(config, "output_router_logits")]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import hashlib
 import inspect
 import logging
 import math
@@ -35,11 +36,12 @@ from dpo.build import (
     with_reference,
 )
 from dpo.checkpoint import TrainingState
-from dpo.collate import NUMBERS, ready_batch
+from dpo.collate import NUMBERS, decoder_start_ids, ready_batch
 from dpo.config import DPOConfig, UserError
 from dpo.conversations import sees
 from dpo.data import fingerprint, largest_id, largest_length, prepare_dataset
 from dpo.distributed import World
+from dpo.logprobs import takes
 from dpo.losses import OF_RANKINGS, OVER_THE_BATCH, PARAMETERS, takers
 from dpo.reference import CACHED, Reference, reference_digest, without_dropout
 from dpo.rows import first_line
@@ -150,6 +152,7 @@ def prepare(
         resume = claim_output(run, ref_model)
         hub = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
         run.processing_class = processing_class or models.load_processor(name, **hub)
+        run.today = distributed.from_first(run.today, world)
         run.today = (checkpoint.read_state(resume)["same_run"].get("today") if resume else None) or run.today
         run.train_rows, run.eval_sets = prepare_data(run, model, train_dataset, eval_dataset)
         report.show_rows(run.train_rows, run.processing_class, args.show_rows)
@@ -165,7 +168,7 @@ def prepare(
         largest = max(getattr(run.collator, "pad_token_id", 0), *map(largest_id, sets))
         longest = max(max(rows["length"][:]) for rows in sets)
         if reads_apart(run.model, args=args):  # neither half reads all
-            longest = max(largest_length(rows) for rows in sets)
+            longest = max(largest_length(rows) for rows in sets) + len(decoder_start_ids(run.model)) - 1
         for each in (run.model, run.reference.ref_model):
             if each is not None:
                 checks.check_rows_fit(each, largest=largest, longest=longest)
@@ -399,15 +402,27 @@ def check_reading(run: Run) -> None:
     others = {order[len(order) // 4], *(shortest[count] for count in (*tried, max(shortest)) if len(shortest) > 1)}
     drops = any("lora_dropout" in name and getattr(m, "p", 0) > 0 for name, m in run.model.named_modules())
     for count in tried:
-        alone, together = ([rows[i] for i in each] for each in ([shortest[count]], [*others, shortest[count]]))
-        batches = (moved(ready_batch(run.collator(each), run.model), run.world.device) for each in (alone, together))
+        alone, together = (
+            moved(ready_batch(run.collator([rows[i] for i in each]), run.model), run.world.device)
+            for each in ([shortest[count]], [*others, shortest[count]])
+        )
+        read = alone["inputs"].keys() - {"input_ids", "attention_mask", "decoder_input_ids", "logits_to_keep"}
+        if count and not any(takes(run.model, name) for name in read):
+            what = "the model has no use for" if read else "the data_collator does not hand on (give it read_images)"
+            raise UserError(f"{rows[shortest[count]]['source']} has pictures, which {what}")
         with autocast(args, run.world):
-            checks.check_reading(run.model, *batches, is_quiet=args.disable_dropout and not drops)
-    if not args.generate_during_eval:
-        return
-    collator = make_collator(run.processing_class, run.model, args=args)
-    with autocast(args, run.world):
-        run.answers_alone = checks.check_generation(run.model, alone, together, collator)
+            quiet = args.disable_dropout and not drops
+            result = checks.check_reading(run.model, alone, together, is_quiet=quiet)
+        if args.output_router_logits and "aux_loss" not in result:
+            kind = type(distributed.unwrap(run.model)).__name__
+            raise UserError(f"output_router_logits: {kind} works out no load balance: leave it out")
+    if args.generate_during_eval:
+        asked = next(iter(run.eval_sets.values()))
+        asked = [asked[i] for i in range(min(args.num_samples, len(asked), 8))]
+        asked.sort(key=lambda row: len(row["prompt_input_ids"]))
+        collator = make_collator(run.processing_class, run.model, args=args)
+        with autocast(args, run.world):
+            run.answers_alone = checks.check_generation(run.model, asked[:1], asked, collator)
 
 
 def plan_epoch(run: Run, epoch: int = 0, *, drop_last: bool | None = None) -> list:
@@ -438,7 +453,8 @@ def precompute_reference(run: Run) -> None:
     common = (reference, run.collator, run.world)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "of the weights"
     precision += f", {torch.get_float32_matmul_precision()}"  # tf32
-    directory = Path(args.ref_cache_dir or Path(HF_HOME) / "dpo") / reference_digest(reference, precision=precision)
+    read = f"{precision}, {getattr(run.collator, 'decoder_start_ids', None)}, {eyes_in_words(run.processing_class)}"
+    directory = Path(args.ref_cache_dir or Path(HF_HOME) / "dpo") / reference_digest(reference, read=read)
     without_dropout(run.model)
     columns = dict.fromkeys(CACHED, 0.0)
     if missing := columns.keys() - run.collator([run.train_rows[0] | columns]).keys():
@@ -459,6 +475,12 @@ def precompute_reference(run: Run) -> None:
     run.reference = Reference(run.model, kind=kind, is_cached=True, digest=digest)
     if args.generate_during_eval:
         logger.info("with precompute_ref_log_probs there is no reference to answer: the policy's answers are shown")
+
+
+def eyes_in_words(processing_class) -> str:
+    """What a processor makes of pictures; nothing of a tokenizer."""
+    eyes = getattr(processing_class, "image_processor", None)
+    return "" if eyes is None else eyes.to_json_string()
 
 
 def checkpointed(run: Run) -> dict:
@@ -493,6 +515,7 @@ def what_options_matter(run: Run) -> dict:
     if args.precompute_ref_log_probs:  # what was worked out follows from the rest
         rows = rows.remove_columns([name for name in CACHED if name in rows.column_names])
     same_run = {"processes": run.world.size, "today": run.today, "rows": fingerprint(rows)}
+    same_run["pictures"] = hashlib.sha256(eyes_in_words(run.processing_class).encode()).hexdigest()[:16]
     for option in ("model_init_kwargs", "ref_model_init_kwargs"):
         same_run[option] = str(report.portable(getattr(args, option)))
     return same_run | {option: getattr(args, option) for option in EXACT_OPTIONS.split()}

@@ -230,13 +230,13 @@ def sync_reference(pairs: dict[str, tuple[torch.Tensor, torch.Tensor]], *, mixup
 CACHE_VERSION = 1  # raise it when log-probabilities come out otherwise than before
 # Of configurations, what says nothing about the numbers that a model gives.
 NAMES = """_name_or_path name_or_path transformers_version dtype torch_dtype use_cache architectures peft_version
-base_model_name_or_path revision inference_mode task_type auto_mapping"""
+base_model_name_or_path revision inference_mode task_type auto_mapping output_router_logits router_aux_loss_coef"""
 
 
-def reference_digest(reference: Reference, *, precision: str) -> str:
+def reference_digest(reference: Reference, *, read: str) -> str:
     """All that log π_ref of a row depends on beside its token ids, as a few digits: the reference's weights, those of
-    its adapter, their dtypes and configurations, how tokens are added up (ld_alpha), and the precision that it computes
-    with. Not its name, nor anything that concerns the training."""
+    its adapter, their dtypes and configurations, how tokens are added up (ld_alpha), and how it reads them, in words of
+    the caller's (the precision, what its pictures become). Not its name, nor anything that concerns the training."""
     model = reference.policy if reference.ref_model is None else reference.ref_model
     adapters, name = getattr(model, "peft_config", {}), None
     if adapters:  # a frozen model is asked as it is; the policy with the adapter named, or with none
@@ -244,7 +244,9 @@ def reference_digest(reference: Reference, *, precision: str) -> str:
     configs = [getattr(model, "config", None), adapters.get(name)]
     said = [config.to_dict() for config in configs if config is not None and hasattr(config, "to_dict")]
     said = [{key: value for key, value in each.items() if key not in NAMES.split()} for each in said]
-    text = json.dumps([CACHE_VERSION, reference.ld_alpha, precision, said], sort_keys=True, default=_in_order)
+    if getattr(model, "config", None) is None:  # of a module without one, the plain values that its parts hold
+        said += [{path: _plain_values(module) for path, module in model.named_modules()}, type(model).__qualname__]
+    text = json.dumps([CACHE_VERSION, reference.ld_alpha, read, said], sort_keys=True, default=_in_order)
     digest = hashlib.sha256(text.encode())
     weights = {}
     for path, tensor in model.state_dict().items():
@@ -258,6 +260,11 @@ def reference_digest(reference: Reference, *, precision: str) -> str:
         digest.update(f"{path} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
+
+
+def _plain_values(module: torch.nn.Module) -> dict:
+    held = {key: value for key, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+    return {key: value for key, value in held.items() if key != "training"}
 
 
 def _in_order(value):

@@ -75,7 +75,7 @@ def answers_to(
     """
     tokenizer = tokenizer_of(processing_class)
     collator = DataCollatorForPreference(tokenizer.pad_token_id or 0, read_images=read_images)
-    batch = {key: value.to(model.device) for key, value in collator(rows).items()}
+    batch = {key: value.to(next(model.parameters()).device) for key, value in collator(rows).items()}
     answers, references = generate_from_model_and_ref(model, batch, processing_class, **options)
     samples = []
     for i, row in enumerate(rows):

@@ -14,12 +14,12 @@ from conftest import curve, make_model, make_rows, make_tokenizer, run, start, w
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from dpo import chat, checks, sampling
-from dpo.collate import DataCollatorForPreference, encoder_decoder_batch
+from dpo.collate import DataCollatorForPreference, decoder_start_ids, encoder_decoder_batch
 from dpo.config import UserError
-from dpo.data import prepare_dataset
+from dpo.data import prepare_dataset, truncate_row
 from dpo.logprobs import concatenated_forward
 from dpo.models import load_model
-from dpo.reference import Reference
+from dpo.reference import Reference, reference_digest, without_aux_loss
 from dpo.sources import load_preferences
 
 ROWS = make_rows(12)
@@ -417,3 +417,124 @@ def test_an_adapter_s_reference_answers_as_the_base(tmp_path):
     (sample, *_), options = sampling.answers_to(model, rows, make_tokenizer(), reference=Reference(model)), {}
     base = sampling.answers_to(make_model(), rows, make_tokenizer(), **options)
     assert sample["reference"] == base[0]["policy"] != sample["policy"]
+
+
+def test_chat_of_an_encoder_decoder_shows_all_that_it_says(capsys):
+    model, tokenizer = build(APART["bart"]()), make_tokenizer(None)
+    text, how = "the sky is very blue today", {"do_sample": False, "max_new_tokens": 6}
+    said = chat.answer(model, tokenizer, [{"role": "user", "content": text}], how)
+    prompt = torch.tensor([tokenizer(text)["input_ids"] + [2]])  # and EOS, as it was trained
+    ids = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **how, pad_token_id=0)[0]
+    assert said == tokenizer.decode(ids, skip_special_tokens=True) and said
+    assert capsys.readouterr().out.strip() == said.strip()
+
+
+def test_a_mixture_whose_configuration_asks_for_its_balance_keeps_it_beside_another_factor(tmp_path):
+    model = build(MIXTURES["mixtral"]())
+    model.config.output_router_logits = True
+    row = start(tmp_path, model, ROWS, max_steps=1, router_aux_loss_coef=0.5).rows[0]
+    assert row["loss"] == pytest.approx(math.log(2) + 0.5 * row["aux_loss"], rel=1e-5)
+
+
+def test_a_decoder_begins_as_generation_begins_it():
+    model = build(APART["bart"]())
+    model.config.decoder_start_token_id, model.generation_config.decoder_start_token_id = 5, 2
+    assert decoder_start_ids(model) == [2]
+    model.generation_config.decoder_start_token_id = None
+    assert decoder_start_ids(model) == [5]
+
+
+def test_a_plain_batch_begins_where_the_configuration_says():
+    bart = build(APART["bart"]())
+    bart.generation_config.forced_bos_token_id = 3
+    plain = DataCollatorForPreference(0)(
+        [{"prompt_input_ids": [5], "chosen_input_ids": [7, 2], "rejected_input_ids": [8, 2]}]
+    )
+    logps = [concatenated_forward(bart, each)["chosen_logps"] for each in (plain, encoder_decoder_batch(plain, [2, 3]))]
+    assert torch.equal(*logps)
+
+
+def test_rows_of_one_length_do_not_hide_a_model_that_ignores_its_mask(tmp_path):
+    """Whether answers may be asked together is judged by the prompts that will be asked."""
+
+    class Careless(transformers.LlamaForCausalLM):
+        def forward(self, *arguments, attention_mask=None, **options):
+            return super().forward(*arguments, **options)
+
+    even = [{"prompt": "the sky is", "chosen": " blue" * n, "rejected": " green"} for n in (1, 2, 3, 4)]
+    uneven = [{**row, "prompt": row["prompt"] * n} for n, row in enumerate(even, start=1)]
+    options = {"eval_strategy": "steps", "generate_during_eval": True, "num_samples": 4, "max_new_tokens": 2}
+    model = Careless(make_model().config)
+    assert start(tmp_path / "a", model, even, uneven, max_steps=1, **options).answers_alone
+
+
+def test_policy_and_reference_are_of_a_kind(tmp_path):
+    for policy, reference in ((build(APART["t5"]()), make_model()), (make_model(), build(APART["t5"]()))):
+        with pytest.raises(UserError, match="of policy and reference one is an encoder-decoder"):
+            start(tmp_path / "run", policy, ROWS, ref_model=reference)
+
+
+def test_a_family_without_a_load_balance_is_told_so(tmp_path):
+    """DeepSeek's configuration has the option, its model nothing to answer it with."""
+    sizes = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    sizes |= {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    sizes |= {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4}
+    model = build(transformers.DeepseekV3Config(**{**TEXT, **sizes}))
+    with pytest.raises(UserError, match="output_router_logits: DeepseekV3ForCausalLM (works out|has) no load balance"):
+        start(tmp_path / "a", copy.deepcopy(model), ROWS, output_router_logits=True)
+    losses = curve(start(tmp_path / "b", model, ROWS, max_steps=2))
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-5) and losses[1] != pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_mixture_trains_an_adapter_by_default(tmp_path):
+    run_ = start(tmp_path, build(MIXTURES["mixtral"]()), ROWS, max_steps=2, peft_config={"r": 4})
+    assert curve(run_)[0] == pytest.approx(math.log(2), abs=1e-6) and curve(run_)[1] != curve(run_)[0]
+
+
+def test_the_balance_of_a_language_model_within_is_left_out_of_the_reference():
+    inner, model = SimpleNamespace(output_router_logits=True), torch.nn.Module()
+    model.config = SimpleNamespace(get_text_config=lambda: inner)
+    with without_aux_loss(model):
+        assert not inner.output_router_logits
+    assert inner.output_router_logits
+
+
+def test_the_end_of_an_encoder_s_prompt_stays_when_it_is_cut():
+    ids = {"prompt_input_ids": [3, 5, 6, 7, 2], "chosen_input_ids": [8], "rejected_input_ids": [9]}
+    limits = {"bos_token_id": 3, "eos_token_id": 2, "max_prompt_length": 4}
+    for mode, left in (("keep_start", [3, 5, 6, 2]), ("keep_end", [3, 6, 7, 2])):
+        assert truncate_row(ids, **limits, truncation_mode=mode)["prompt_input_ids"] == left
+
+
+class Delegating(Wrapped):
+    """A wrapper that lends out whatever the model in it has."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
+
+def test_a_wrapper_that_lends_everything_goes_on_and_keeps_its_best(tmp_path):
+    options = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+    start(tmp_path / "a", Delegating(make_model()), ROWS, ROWS[:4], num_train_epochs=2, **options)
+    resumed = {"resume_from_checkpoint": str(tmp_path / "a" / "checkpoint-2")}
+    again = start(tmp_path / "b", Delegating(make_model()), ROWS, ROWS[:4], num_train_epochs=2, **options, **resumed)
+    saved = safetensors.torch.load_file(tmp_path / "a" / "model.safetensors")
+    assert all(torch.equal(saved[name], value) for name, value in weights(again.model).items() if name in saved)
+
+
+def test_a_cache_tells_plain_modules_by_what_they_hold(tmp_path):
+    class Scaled(Own):
+        scale = 1.0
+
+        def forward(self, input_ids):
+            return SimpleNamespace(logits=super().forward(input_ids).logits * self.scale)
+
+    digests = set()
+    for scale in (1.0, 5.0, 5.0):
+        model = Scaled()
+        model.scale = scale
+        digests.add(reference_digest(Reference(policy=None, ref_model=model), read=""))
+    assert len(digests) == 2

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import curve, make_tokenizer, read, run, start
+from conftest import curve, make_model, make_tokenizer, read, run, start
 from datasets import Dataset, List
 from PIL import Image
 
 from dpo import chat
-from dpo.collate import DataCollatorForPreference, concatenated_inputs
+from dpo.collate import DataCollatorForPreference, concatenated_inputs, go_on
 from dpo.config import UserError
-from dpo.data import prepare_dataset, process_row, read_images
+from dpo.data import prepare_dataset, process_row, read_images, tokenize_row
 from dpo.images import lift_images, open_image
 from dpo.logprobs import concatenated_forward
 from dpo.models import load_model, load_processor
@@ -463,3 +463,112 @@ def test_conversations_of_a_ranking_may_each_show_the_prompt_s_picture(seeing):
     plain = {"images": [picture(1)], "prompt": said("a"), "chosen": answer("red"), "rejected": answer("blue")}
     assert ranked["prompt_input_ids"] == prepared([plain], processor)[0]["prompt_input_ids"]
     assert len(ranked["rejected_input_ids"]) == 2 and len(ranked["images"]) == 1
+
+
+def test_a_mask_of_what_a_token_sees_goes_on_as_it_was_at_the_end():
+    """As Mllama's cross_attention_mask (1, P, pictures, tiles)."""
+    mask = torch.tensor([[[1, 0], [1, 1], [0, 1]]])
+    assert go_on(mask, 2).tolist() == [[[1, 0], [1, 1], [0, 1], [0, 1], [0, 1]]]
+    rows = [
+        {
+            "prompt_input_ids": ids,
+            "chosen_input_ids": [8, 2],
+            "rejected_input_ids": [9, 2],
+            "cross_attention_mask": seen,
+        }
+        for ids, seen in (([5, 6], torch.tensor([[[0], [1]]])), ([5, 6, 7], torch.tensor([[[0], [1], [1]]])))
+    ]
+    seen = DataCollatorForPreference(0, "padded")(rows)["inputs"]["cross_attention_mask"]
+    assert seen[..., 0].tolist() == [[0, 1, 1, 1, 0], [0, 1, 1, 1, 1]] * 2
+
+
+@pytest.mark.parametrize("family", PLACES)
+def test_rankings_with_pictures_of_differing_length_are_scored_as_alone(family, seeing):
+    model, processor = seeing[family]
+    raw = rows_with_pictures()
+    for i, row in enumerate(raw):
+        row["rejected"] = [answer("blue" + " very" * k) for k in range(1 + i % 3)]
+    rows = prepared(raw, processor, ranked=True)
+    collator = DataCollatorForPreference(0, "padded", partial(read_images, processing_class=processor))
+    with torch.no_grad():
+        together = concatenated_forward(model.eval(), collator([rows[i] for i in range(len(rows))]))["rejected_logps"]
+        for i in range(len(rows)):
+            own = concatenated_forward(model, collator([rows[i]]))["rejected_logps"].reshape(-1)
+            assert torch.allclose(together[i, : len(own)], own, atol=1e-4) and not together[i, len(own) :].any()
+
+
+def test_what_was_worked_out_for_one_picture_is_not_taken_for_another(seeing, tmp_path):
+    model, processor = seeing["llava"]
+    rows = rows_with_pictures()
+    other = [{**row, "images": [picture(99 + i, *p.size) for i, p in enumerate(row["images"])]} for row in rows]
+    options = {"processing_class": processor, "max_steps": 1, "precompute_ref_log_probs": True}
+    brighter = copy.deepcopy(processor)
+    brighter.image_processor.image_mean = [0.1, 0.2, 0.3]  # the same pictures become other numbers
+    for number, (each, eyes) in enumerate([(rows, processor), (other, processor), (rows, brighter)]):
+        options |= {"processing_class": eyes, "ref_cache_dir": str(tmp_path / "cache")}
+        run_ = start(tmp_path / str(number), copy.deepcopy(model), each, **options)
+        assert curve(run_)[0] == pytest.approx(math.log(2), abs=1e-4)
+
+
+def test_a_processor_that_was_changed_after_the_rows_were_made_is_noticed(seeing):
+    _, processor = seeing["llava"]
+    row = {**prepared(rows_with_pictures(1), processor)[0]}
+    with pytest.raises(ValueError, match="dataset, row 1: the processor gives other tokens than before"):
+        read_images({**row, "prompt_input_ids": row["prompt_input_ids"][1:]}, processor)
+
+
+def test_answers_in_the_evaluation_see_the_pictures(seeing, tmp_path):
+    (original, processor), asked = seeing["llava"], []
+    model, other = copy.deepcopy(original), copy.deepcopy(original)
+    model.generate = lambda **inputs: asked.append(inputs) or original.generate(**inputs)
+    options = {"eval_strategy": "steps", "generate_during_eval": True, "max_new_tokens": 2, "num_samples": 2}
+    rows = rows_with_pictures(4)
+    start(tmp_path, model, rows, rows[:2], processing_class=processor, max_steps=1, **options, ref_model=other)
+    assert asked and all("pixel_values" in inputs for inputs in asked)
+
+
+def test_other_pictures_are_another_run(seeing, tmp_path):
+    model, processor = seeing["llava"]
+    rows = rows_with_pictures()
+    other = [{**row, "images": [picture(99 + i, *p.size) for i, p in enumerate(row["images"])]} for row in rows]
+    options = {"processing_class": processor, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    start(tmp_path / "a", copy.deepcopy(model), rows, **options)
+    resumed = {"resume_from_checkpoint": str(tmp_path / "a" / "checkpoint-1")}
+    with pytest.raises(UserError, match="it is of another run, with rows"):
+        start(tmp_path / "b", copy.deepcopy(model), other, **options, **resumed)
+
+
+def test_pictures_that_would_be_dropped_are_refused(seeing, tmp_path):
+    """By a collator of the caller's, or by a model that has no use for them."""
+    (model, processor), rows = seeing["llava"], rows_with_pictures(4)
+    words = "dataset, row 1 has pictures, which the "
+    with pytest.raises(UserError, match=f"{words}data_collator does not hand on"):
+        options = {"processing_class": processor, "data_collator": DataCollatorForPreference(0)}
+        start(tmp_path / "a", copy.deepcopy(model), rows, **options)
+    with pytest.raises(UserError, match=f"{words}model has no use for"):
+        start(tmp_path / "b", make_model(vocab_size=500), rows, processing_class=processor)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_vl"])
+def test_a_processed_row_without_pictures_is_the_tokenizer_s(family, seeing):
+    """And scored alike beside one with a picture: its completion is no picture."""
+    model, processor = seeing[family]
+    text = {"prompt": "what is it", "chosen": " red", "rejected": " blue"}
+    plain = process_row({**text, "images": []}, processor)
+    assert plain == tokenize_row(text, processor)
+    seen = process_row({**text, "prompt": f"a {PLACES[family]}", "images": [picture(1)]}, processor)
+    with torch.no_grad():
+        alone, beside = (
+            concatenated_forward(model.eval(), DataCollatorForPreference(0)(rows))["chosen_logps"][0]
+            for rows in ([plain], [plain, seen])
+        )
+    assert float(alone) == pytest.approx(float(beside), abs=1e-4)
+
+
+def test_as_many_patches_as_tokens_are_still_a_picture_s():
+    """pixel_attention_mask is (pictures, patches) in LFM2-VL: its second dimension may be the prompt's length."""
+    mask = torch.tensor([[1, 1, 0]])
+    row = {"prompt_input_ids": [5, 6, 7], "chosen_input_ids": [8], "rejected_input_ids": [9, 2]}
+    row |= {"pixel_attention_mask": mask, "pixel_values": torch.zeros(1, 3, 4)}
+    batch = DataCollatorForPreference(0, "padded")([row])
+    assert batch["inputs"]["pixel_attention_mask"].tolist() == [[1, 1, 0]] * 2

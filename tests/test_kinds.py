@@ -496,7 +496,7 @@ def test_two_processes_with_cached_rankings_and_an_evaluation_equal_one(sft, tmp
 @pytest.mark.slow
 def test_an_adapter_s_digest_is_the_same_in_every_process_and_tells_models_apart(sft, tmp_path):
     code = "import sys; from dpo.models import load_model; from dpo.reference import Reference, reference_digest\n"
-    code += "model = load_model(sys.argv[1]); print(reference_digest(Reference(model, ref_model=model), precision=''))"
+    code += "model = load_model(sys.argv[1]); print(reference_digest(Reference(model, ref_model=model), read=''))"
     found = []
     for seed in "12":
         environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
