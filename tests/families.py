@@ -43,7 +43,8 @@ ABOUT = """# Families of models
 *Made by `python tests/families.py`, with {versions}.*
 
 Each causal language model of transformers that can be built small, with random weights, saved in a folder and trained
-by its name: {counts}. Windows, chunks and sparse selections are shorter than the texts, so they matter.
+by its name: {counts}.
+Windows, chunks and sparse selections are shorter than the texts, so they matter.
 
 - difference, in nats: log-probabilities of 8 completions of differing length in one padded batch, against a plain
   forward pass of each alone; the larger one of eval and of train mode.
