@@ -68,7 +68,7 @@ def process_row(
     max_completion_length: int | None = None,
     add_special_tokens: bool = False,
 ) -> dict:
-    """`tokenize_row` for a model that sees: features has images, too, one for each place in the prompt's text.
+    """`tokenize_row` for a model that sees: features has images, too, one (or a list) for the places in the prompt.
 
     Returns: the same ids, those of the prompt with as many tokens as its pictures take; and whatever else the processor
     gives (pixel_values, image_grid_thw, token_type_ids, ...), tensors of this one row. Raises: ValueError if the
@@ -78,7 +78,8 @@ def process_row(
         return tokenize_row(features, processing_class, max_prompt_length, max_completion_length, add_special_tokens)
     ids = tokenize_row(features, processing_class, max_completion_length=max_completion_length)
     text = _with_special_tokens(features["prompt"], processing_class, bos=add_special_tokens, eos=add_special_tokens)
-    inputs = image_inputs(text, features["images"], processing_class)
+    images = features["images"] if isinstance(features["images"], list | tuple) else [features["images"]]
+    inputs = image_inputs(text, images, processing_class)
     prompt = inputs.pop("input_ids")[0].tolist()
     if max_prompt_length is not None and len(prompt) > max_prompt_length:
         raise ValueError(

@@ -316,6 +316,8 @@ def test_pictures_are_never_cut(seeing, caplog):
     assert len(kept) < 6 and all(ids in whole["prompt_input_ids"][:] for ids in kept["prompt_input_ids"])
     row = {"prompt": "a <image> b", "chosen": " red", "rejected": " blue", "images": [picture(1)]}
     assert len(process_row(row, processor, 7)["prompt_input_ids"]) == 7
+    one = process_row({**row, "images": row["images"][0]}, processor)
+    assert torch.equal(one["pixel_values"], process_row(row, processor)["pixel_values"])
     with pytest.raises(ValueError, match="the prompt with its pictures has 7 tokens, max_prompt_length 6"):
         process_row(row, processor, 6)
 
