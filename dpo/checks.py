@@ -17,6 +17,17 @@ from dpo.rows import first_line
 from dpo.sampling import prompts_of
 
 
+def rows_to_try(lengths: list[int], pictures: list[int]) -> list[tuple[int, set[int]]]:
+    """(a row, others to put before it) to try a model on, short ones: the shortest row, and where some have pictures
+    the shortest with some, too, behind the shortest with the most of them."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    shortest = {pictures[row]: row for row in reversed(order)}  # of each number of pictures
+    counts = sorted(shortest)
+    tried = [shortest[count] for count in counts[: 2 if counts[0] == 0 else 1]]
+    others = {order[len(order) // 4], *(tried + [shortest[counts[-1]]] if len(counts) > 1 else [])}
+    return [(row, others) for row in tried]
+
+
 @torch.no_grad()
 def check_reading(model: torch.nn.Module, alone: dict, together: dict, *, is_quiet: bool) -> dict[str, torch.Tensor]:
     """Refuses a model that would be trained on something else than log π(y|x), by what it says of a row.

@@ -391,28 +391,22 @@ def prepare_rows(run: Run, source, split: str, subset: str | None, apart: bool) 
 
 
 def check_reading(run: Run) -> None:
-    """Tries the model on the shortest training row, alone and behind another one: it must read them as
-    `checks.check_reading` has it, and where answers are sampled generate what it has learnt to say. Where rows have
-    pictures it is the shortest with some (and without), behind the shortest with the most."""
+    """Tries the model on a few training rows: it must read them as `checks.check_reading` has it, see their pictures,
+    and where answers are sampled generate what it has learnt to say."""
     args, rows = run.args, run.train_rows
-    order = sorted(range(len(rows)), key=rows["length"][:].__getitem__)
     shown = [len(each) for each in rows["pictures"][:]] if "pictures" in rows.column_names else [0] * len(rows)
-    shortest = {shown[i]: i for i in reversed(order)}  # of each number of pictures
-    tried = sorted(shortest)[: 2 if 0 in shortest else 1]
-    others = {order[len(order) // 4], *(shortest[count] for count in (*tried, max(shortest)) if len(shortest) > 1)}
     drops = any("lora_dropout" in name and getattr(m, "p", 0) > 0 for name, m in run.model.named_modules())
-    for count in tried:
+    for number, others in checks.rows_to_try(rows["length"][:], shown):
         alone, together = (
             moved(ready_batch(run.collator([rows[i] for i in each]), run.model), run.world.device)
-            for each in ([shortest[count]], [*others, shortest[count]])
+            for each in ([number], [*others, number])
         )
         read = alone["inputs"].keys() - {"input_ids", "attention_mask", "decoder_input_ids", "logits_to_keep"}
-        if count and not any(takes(run.model, name) for name in read):
+        if shown[number] and not any(takes(run.model, name) for name in read):
             what = "the model has no use for" if read else "the data_collator does not hand on (give it read_images)"
-            raise UserError(f"{rows[shortest[count]]['source']} has pictures, which {what}")
+            raise UserError(f"{rows[number]['source']} has pictures, which {what}")
         with autocast(args, run.world):
-            quiet = args.disable_dropout and not drops
-            result = checks.check_reading(run.model, alone, together, is_quiet=quiet)
+            result = checks.check_reading(run.model, alone, together, is_quiet=args.disable_dropout and not drops)
         if args.output_router_logits and "aux_loss" not in result:
             kind = type(distributed.unwrap(run.model)).__name__
             raise UserError(f"output_router_logits: {kind} works out no load balance: leave it out")

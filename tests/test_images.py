@@ -17,6 +17,7 @@ from datasets import Dataset, List
 from PIL import Image
 
 from dpo import chat
+from dpo.checks import rows_to_try
 from dpo.collate import DataCollatorForPreference, concatenated_inputs, go_on
 from dpo.config import UserError
 from dpo.data import prepare_dataset, process_row, read_images, tokenize_row
@@ -538,6 +539,12 @@ def test_other_pictures_are_another_run(seeing, tmp_path):
     resumed = {"resume_from_checkpoint": str(tmp_path / "a" / "checkpoint-1")}
     with pytest.raises(UserError, match="it is of another run, with rows"):
         start(tmp_path / "b", copy.deepcopy(model), other, **options, **resumed)
+
+
+def test_rows_to_try_are_short_and_beside_those_with_other_numbers_of_pictures():
+    assert rows_to_try([5, 3, 9, 4], [0, 0, 0, 0]) == [(1, {3})]
+    assert rows_to_try([5, 3, 9, 4], [0, 1, 2, 0]) == [(3, {3, 1, 2}), (1, {3, 1, 2})]
+    assert rows_to_try([5, 3, 9, 4], [1, 1, 2, 2]) == [(1, {3, 1})]
 
 
 def test_pictures_that_would_be_dropped_are_refused(seeing, tmp_path):
