@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from dpo.distributed import World, barrier
 from dpo.rows import first_line
 
 logger = logging.getLogger("dpo")
+PATIENCE = 15.0  # seconds that a run waits for an earlier one to leave its output_dir
 RUN, LOCK, MANIFEST, FINAL = "run.json", "run.lock", "manifest.json", "model.finished"
 WRITTEN = ["metrics.jsonl", "samples.jsonl", "config.yaml", "rewards.png", "README.md"]  # beside the model's files
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what odd JSON may raise
@@ -73,19 +75,25 @@ def check_output(output_dir: Path, sources: dict[str, str]) -> None:
 def lock(output_dir: Path):
     """Keeps other processes' runs out of output_dir while this one lives. Returns the open file that does it.
 
-    The lock is the process's: it ends with it however it ends, and child processes do not inherit it.
+    The lock is the process's: it ends with it however it ends, and child processes do not inherit it. A run that was
+    told to stop, or whose torchrun was killed, may take a few seconds to leave: it is waited for.
     """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         file = (output_dir / LOCK).open("a")
     except OSError as error:
         raise ValueError(f"output_dir {output_dir} cannot be written to: {error.strerror}: name another") from error
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise ValueError(f"output_dir {output_dir} is in use by another run: wait for it, or name another") from error
-    return file
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except OSError as error:
+            if time.monotonic() >= end:
+                file.close()
+                what = f"output_dir {output_dir} is in use by another run"
+                raise ValueError(f"{what}: wait for it, or name another") from error
+            time.sleep(0.1)
 
 
 def write_run(output_dir: Path, *, status: str, step: int, steps: int, files: list[str]) -> None:

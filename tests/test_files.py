@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -105,16 +106,18 @@ def test_an_output_dir_that_cannot_be_is_refused_before_the_model_is_loaded(make
         train(args=args, train_dataset=make_rows(3))
 
 
-def test_two_runs_do_not_share_an_output_dir_and_the_lock_ends_with_its_process(tmp_path):
+def test_two_runs_do_not_share_an_output_dir_and_the_lock_ends_with_its_process(tmp_path, monkeypatch):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from dpo import files; "
     code += f"lock = files.lock(Path({str(tmp_path)!r})); print('locked', flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "locked\n"
-    with pytest.raises(UserError, match="is in use by another run"):
-        start(tmp_path)
-    other.kill()
-    other.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "PATIENCE", 0.3)
+        with pytest.raises(UserError, match="is in use by another run"):
+            start(tmp_path)
+    threading.Timer(0.5, other.kill).start()  # a run that is leaving is waited for
     start(tmp_path)
+    other.wait()
 
 
 def test_a_run_says_what_it_is(tmp_path):
