@@ -113,5 +113,10 @@ def pick_adapter(model: torch.nn.Module, name: str, ref_name: str | None) -> Non
             parameter.requires_grad = False
 
 
+def drops_out(model: torch.nn.Module) -> bool:
+    """Whether an adapter of a model has dropout, which adapters keep."""
+    return any("lora_dropout" in name and getattr(module, "p", 0) > 0 for name, module in model.named_modules())
+
+
 def names_of_linear_layers(model: torch.nn.Module) -> set[str]:
     return {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}

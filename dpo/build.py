@@ -158,7 +158,7 @@ def build_reference(policy, ref_model, columns: list[str], *, args: DPOConfig) -
         ref_model = without_dropout(models.keep_differentiable(ref_model)).requires_grad_(False)
         return Reference(**common, ref_model=ref_model, kind="another model"), False
     # An adapter keeps its own dropout, which shows wherever its B is not 0: as it is not in a reference.
-    is_noisy = any("lora_dropout" in name and getattr(module, "p", 0) > 0 for name, module in policy.named_modules())
+    is_noisy = adapters.drops_out(policy)
     if args.ref_adapter_name is not None:
         name = adapters.adapter_key(args.ref_adapter_name)
         reference = Reference(**common, ref_adapter_name=name, kind=f"the adapter {args.ref_adapter_name}")

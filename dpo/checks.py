@@ -42,11 +42,11 @@ def check_reading(model: torch.nn.Module, alone: dict, together: dict, *, is_qui
     kind, was_training = type(unwrap(model)).__name__, model.training
     try:
         earlier, later, noise = changes_by_a_last_token(model.eval(), alone["inputs"])
-        by_itself, beside = (logps_of_last(model, batch) for batch in (alone, together))
         result = concatenated_forward(model, alone)
+        by_itself, beside = logps_of_last(result), logps_of_last(concatenated_forward(model, together))
         if is_quiet:
             with torch.random.fork_rng():
-                trained = logps_of_last(model.train(), alone)
+                trained = logps_of_last(concatenated_forward(model.train(), alone))
     except Exception as error:  # of one of many families' own ways to fail
         raise ValueError(f"{kind} cannot read the rows: {first_line(error)}") from error
     finally:
@@ -91,9 +91,8 @@ def changes_by_a_last_token(model: torch.nn.Module, inputs: dict) -> tuple[float
     return earlier, float(moved[~is_earlier].max()), float((first - again).abs().max())
 
 
-def logps_of_last(model, batch: dict) -> torch.Tensor:
-    """(K,) log π of the completions of a batch's last row."""
-    result = concatenated_forward(model, batch)
+def logps_of_last(result: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(K,) log π of the completions of a batch's last row, of what `concatenated_forward` gave."""
     return torch.cat([result["chosen_logps"][-1:], result["rejected_logps"][-1].flatten()])
 
 
@@ -181,17 +180,14 @@ def generation_error(model, rows: list[dict], collator: DataCollatorForPreferenc
     return float(difference.nan_to_num(0.0, 0.0, 0.0).abs().max())  # what both exclude is equal
 
 
-def check_generation(
-    model: torch.nn.Module, alone: list[dict], together: list[dict], collator: DataCollatorForPreference
-) -> bool:
-    """Refuses a model that generates by other logits than it trains, asked for one row alone; and says whether it does
-    so for several together, which must then be asked one by one. Args: as in `generation_error`."""
+def generates_otherwise(model: torch.nn.Module, rows: list[dict], collator: DataCollatorForPreference) -> str:
+    """In words, that a model generates by other logits than it trains; empty where it does not. Args and errors as of
+    `generation_error`."""
     is_exact = all(parameter.dtype == torch.float32 for parameter in model.parameters())
     is_exact = is_exact and not torch.is_autocast_enabled(next(model.parameters()).device.type)
-    tolerance = 0.01 if is_exact else 1.0
-    if (error := generation_error(model, alone, collator)) > tolerance:
-        raise ValueError(f"{type(unwrap(model)).__name__} generates by other logits than it trains (by {error:.2g})")
-    return generation_error(model, together, collator) > tolerance
+    if (error := generation_error(model, rows, collator)) <= (0.01 if is_exact else 1.0):
+        return ""
+    return f"{type(unwrap(model)).__name__} generates by other logits than it trains (by {error:.2g})"
 
 
 def check_answers(model: torch.nn.Module, processor) -> None:
@@ -201,4 +197,5 @@ def check_answers(model: torch.nn.Module, processor) -> None:
     row = dict.fromkeys(("prompt_input_ids", "chosen_input_ids", "rejected_input_ids"), ids)
     start = decoder_start_ids(model) if getattr(model.config, "is_encoder_decoder", False) else None
     collator = DataCollatorForPreference(tokenizer.pad_token_id or 0, "padded", decoder_start_ids=start)
-    check_generation(model, [row], [row], collator)
+    if words := generates_otherwise(model, [row], collator):
+        raise ValueError(words)

@@ -98,6 +98,7 @@ def joined_tensors(features: list[dict], *, width: int) -> dict[str, torch.Tenso
     Of a prompt's tokens, of shape (1, P, ...), as token_type_ids: (B, width, ...), zeros on the left, and
     where a row has none. Of its pictures, (any number, ...): one after the other along the first dimension, which
     counts pictures, or patches, or rows; in the others the smaller are filled up with zeros, as processors do it.
+    Needs: join, is_of_tokens, NUMBERS.
     """
     joined = {}
     known = {f"{part}_input_ids" for part in ("prompt", "chosen", "rejected")} | NUMBERS.keys()
@@ -209,7 +210,8 @@ def encoder_decoder_batch(
 
 
 def ready_batch(batch: dict, model, padding_value: int = 0) -> dict:
-    """A batch, of any layout, ready for a model: a plain one is padded, as the model's configuration wants it."""
+    """A batch, of any layout, ready for a model: a plain one is padded, as the model's configuration wants it.
+    Needs: padded_batch, encoder_decoder_batch, decoder_start_ids, and what these need."""
     config = getattr(getattr(model, "module", model), "config", None)
     if "inputs" in batch:
         return batch

@@ -395,7 +395,7 @@ def check_reading(run: Run) -> None:
     and where answers are sampled generate what it has learnt to say."""
     args, rows = run.args, run.train_rows
     shown = [len(each) for each in rows["pictures"][:]] if "pictures" in rows.column_names else [0] * len(rows)
-    drops = any("lora_dropout" in name and getattr(m, "p", 0) > 0 for name, m in run.model.named_modules())
+    is_quiet = args.disable_dropout and not adapters.drops_out(run.model)
     for number, others in checks.rows_to_try(rows["length"][:], shown):
         alone, together = (
             moved(ready_batch(run.collator([rows[i] for i in each]), run.model), run.world.device)
@@ -406,7 +406,7 @@ def check_reading(run: Run) -> None:
             what = "the model has no use for" if read else "the data_collator does not hand on (give it read_images)"
             raise UserError(f"{rows[number]['source']} has pictures, which {what}")
         with autocast(args, run.world):
-            result = checks.check_reading(run.model, alone, together, is_quiet=args.disable_dropout and not drops)
+            result = checks.check_reading(run.model, alone, together, is_quiet=is_quiet)
         if args.output_router_logits and "aux_loss" not in result:
             kind = type(distributed.unwrap(run.model)).__name__
             raise UserError(f"output_router_logits: {kind} works out no load balance: leave it out")
@@ -416,7 +416,10 @@ def check_reading(run: Run) -> None:
         asked.sort(key=lambda row: len(row["prompt_input_ids"]))
         collator = make_collator(run.processing_class, run.model, args=args)
         with autocast(args, run.world):
-            run.answers_alone = checks.check_generation(run.model, asked[:1], asked, collator)
+            if words := checks.generates_otherwise(run.model, asked[:1], collator):
+                raise UserError(words)
+            # One that does so beside others alone, whose padding it takes for text, is asked one prompt at a time.
+            run.answers_alone = bool(checks.generates_otherwise(run.model, asked, collator))
 
 
 def plan_epoch(run: Run, epoch: int = 0, *, drop_last: bool | None = None) -> list:
