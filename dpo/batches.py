@@ -80,8 +80,12 @@ def load_windows(
 
 
 def moved(batch: dict, device: torch.device) -> dict:
-    """A batch, and what it holds for the model, on a device."""
-    return {
-        key: moved(value, device) if isinstance(value, dict) else value.to(device, non_blocking=True)
-        for key, value in batch.items()
-    }
+    """A batch, and what it holds for the model, on a device; but for the segments of a flat row, which are read here:
+    fetched from a GPU, they would make each layer wait."""
+
+    def there(name: str, value):
+        if isinstance(value, dict):
+            return moved(value, device)
+        return value if name == "attention_mask" and value.ndim == 4 else value.to(device, non_blocking=True)
+
+    return {name: there(name, value) for name, value in batch.items()}

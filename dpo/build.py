@@ -114,7 +114,7 @@ def reads(model, processing_class) -> str:
 
 
 def make_collator(processing_class, model, *, args: DPOConfig) -> DataCollatorForPreference:
-    """The collator of the layout asked for; auto is padded, which is exact for every model."""
+    """The collator of the padded layout, which is exact for every model (see `prepare.choose_layout`)."""
     tokenizer, start = tokenizer_of(processing_class), None
     padding_value = args.padding_value if args.padding_value is not None else tokenizer.pad_token_id or 0
     if reads_apart(model, args=args):
@@ -122,8 +122,7 @@ def make_collator(processing_class, model, *, args: DPOConfig) -> DataCollatorFo
     elif args.label_pad_token_id != DPOConfig.label_pad_token_id:
         raise UserError("label_pad_token_id does nothing without an encoder-decoder: leave it out")
     read = partial(read_images, processing_class=processing_class) if sees(processing_class) else None
-    layout = "padded" if args.layout == "auto" else args.layout
-    return DataCollatorForPreference(padding_value, layout, read, start, args.label_pad_token_id)
+    return DataCollatorForPreference(padding_value, "padded", read, start, args.label_pad_token_id)
 
 
 def compile_models(model, ref_model, *, args: DPOConfig) -> None:

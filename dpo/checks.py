@@ -2,6 +2,7 @@
 
 import math
 import re
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -11,10 +12,12 @@ from dpo.batches import moved
 from dpo.collate import DataCollatorForPreference, decoder_start_ids
 from dpo.conversations import tokenizer_of
 from dpo.distributed import unwrap
-from dpo.logprobs import concatenated_forward, forward_kept_positions
+from dpo.logprobs import concatenated_forward, forward_kept_positions, token_logps
 from dpo.reference import without_aux_loss
 from dpo.rows import first_line
 from dpo.sampling import prompts_of
+
+LAYOUT_TOLERANCE = 1e-4  # nats a token, in float32
 
 
 def rows_to_try(lengths: list[int], pictures: list[int]) -> list[tuple[int, set[int]]]:
@@ -26,6 +29,16 @@ def rows_to_try(lengths: list[int], pictures: list[int]) -> list[tuple[int, set[
     tried = [shortest[count] for count in counts[: 2 if counts[0] == 0 else 1]]
     others = {order[len(order) // 4], *(tried + [shortest[counts[-1]]] if len(counts) > 1 else [])}
     return [(row, others) for row in tried]
+
+
+def rows_of_all_lengths(lengths: list[int], pictures: list[int]) -> list[int]:
+    """Rows that a layout is tried on: the longest, beyond which no window matters to these rows, the shortest, a middling
+    one, and of those with the most pictures the longest, too, if there are any."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    tried = [order[0], order[-1], order[len(order) // 2]]
+    if max(pictures):
+        tried.append(max(order, key=lambda row: (pictures[row], lengths[row])))
+    return list(dict.fromkeys(tried))
 
 
 @torch.no_grad()
@@ -94,6 +107,51 @@ def changes_by_a_last_token(model: torch.nn.Module, inputs: dict) -> tuple[float
 def logps_of_last(result: dict[str, torch.Tensor]) -> torch.Tensor:
     """(K,) log π of the completions of a batch's last row, of what `concatenated_forward` gave."""
     return torch.cat([result["chosen_logps"][-1:], result["rejected_logps"][-1].flatten()])
+
+
+@torch.no_grad()
+def layout_error(model: torch.nn.Module, rows: list[dict], collator: DataCollatorForPreference, layout: str) -> float:
+    """The largest difference, in nats of a token, between log-probabilities in a flat layout and in the padded one,
+    computed in float32 whatever the model's dtype: what remains is what the family does with the layout.
+
+    Args: model, as `attention.attend_by_segments` left it; rows, tokenised, longer than its windows.
+    Raises: ValueError if the model cannot read such rows.
+    """
+    was_training, device = model.training, next(model.parameters()).device
+    padded, flat = (moved(replace(collator, layout=each)(rows), device) for each in ("padded", layout))
+    logps = []
+    try:
+        with in_float32(model), torch.autocast(device.type, enabled=False), torch.random.fork_rng():
+            for batch in (padded, flat):
+                _, logits = forward_kept_positions(model.eval(), batch["inputs"])
+                logps.append(token_logps(logits, batch["targets"]))
+            forward_kept_positions(model.train(was_training), flat["inputs"])  # where there may be dropout
+    except Exception as error:  # of one of many families' own ways to fail
+        raise ValueError(f"{type(unwrap(model)).__name__} cannot read it: {first_line(error)}") from error
+    finally:
+        model.train(was_training)
+    if not torch.isfinite(logps[0] - logps[1]).all():
+        return math.inf
+    return float((logps[0] - logps[1]).abs().max())
+
+
+@contextmanager
+def in_float32(model: torch.nn.Module):
+    """Inside, weights of 16 bits are float32, and 4-bit layers compute in it; afterwards they are as they were."""
+    held = [*model.parameters(), *model.buffers()]
+    halves = [(each, each.dtype) for each in held if each.dtype in (torch.bfloat16, torch.float16)]
+    layers = [(each, each.compute_dtype) for each in model.modules() if hasattr(each, "compute_dtype")]
+    try:
+        for each, _ in halves:
+            each.data = each.data.float()
+        for layer, _ in layers:
+            layer.compute_dtype = torch.float32
+        yield
+    finally:
+        for each, dtype in halves:
+            each.data = each.data.to(dtype)
+        for layer, dtype in layers:
+            layer.compute_dtype = dtype
 
 
 def in_words(values: torch.Tensor) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-LAYOUTS = ("plain", "padded")
+LAYOUTS = ("plain", "padded", "padding_free", "prefix_shared")
 NUMBERS = {"margin": "margins", "weight": "weights", "scores": "scores"}  # of a row, and their names in a batch
 NUMBERS |= {name: name for name in ("ref_chosen_logps", "ref_rejected_logps")}  # the reference's, worked out before
 
@@ -76,7 +76,8 @@ class DataCollatorForPreference:
             return batch
         if self.decoder_start_ids is not None:
             return encoder_decoder_batch(batch, self.decoder_start_ids, self.pad_token_id, self.label_pad_token_id)
-        return padded_batch(batch, self.pad_token_id)
+        ready = {"padded": padded_batch, "padding_free": padding_free_batch, "prefix_shared": prefix_shared_batch}
+        return ready[self.layout](batch, self.pad_token_id)
 
 
 def completions_of(row: dict) -> list[list[int]]:
@@ -184,6 +185,75 @@ def padded_batch(batch: dict[str, torch.Tensor], padding_value: int = 0) -> dict
     return {"inputs": inputs, "targets": targets, "owner": owner, **numbers_of(batch, joined, scored)}
 
 
+def padding_free_batch(batch: dict[str, torch.Tensor], padding_value: int = 0) -> dict:
+    """The flat layout of a plain batch: its sequences, [prompt, completion], one after the other in one row.
+
+    Returns: what `padded_batch` does, with inputs of U tokens, of which none is padding:
+        input_ids, position_ids: (1, U) int64; positions begin with 0 in each sequence.
+        attention_mask: (1, 1, N, 3) int64, the N segments as attention.py has them; each sees itself only.
+        logits_to_keep: (M,) int64, what predicts targets, in their order.
+    Needs: flat_batch, and what it needs.
+    """
+    return flat_batch(batch, padding_value, shares=False)
+
+
+def prefix_shared_batch(batch: dict[str, torch.Tensor], padding_value: int = 0) -> dict:
+    """The flat layout in which each prompt is read once, and its pictures: [prompt, chosen, rejected, ...] of each row.
+
+    A rejected completion sees the prompt, and not the chosen one that stands between them; its positions go on where
+    the prompt's end. The prompt's last token predicts the first one of each completion, so it is kept for each.
+
+        input_ids     x₁ x₂ w₁ w₂ l₁ l₂ l₃        targets   w₁ w₂  l₁ l₂ l₃
+        position_ids  0  1  2  3  2  3  4         kept      x₂ w₁  x₂ l₁ l₂
+
+    Returns: as `padding_free_batch`. Source: Wang and Hegde 2024 (arXiv 2410.20305).
+    Needs: flat_batch, and what it needs.
+    """
+    return flat_batch(batch, padding_value, shares=True)
+
+
+def flat_batch(batch: dict[str, torch.Tensor], padding_value: int, *, shares: bool) -> dict:
+    """Both flat layouts; shares, the prompt of the chosen completion with those of the same row.
+    Needs: concatenated_inputs, scored_tokens, is_of_tokens, go_on, numbers_of."""
+    joined, B = concatenated_inputs(batch, padding_value), len(batch["prompt_input_ids"])
+    scored, present, others = scored_tokens(batch, joined)
+    prompt_shape = joined["prompt_input_ids"].shape
+    ids = torch.cat([joined["prompt_input_ids"], joined["completion_input_ids"]], dim=1)
+    mask = torch.cat([joined["prompt_attention_mask"], joined["completion_attention_mask"]], dim=1)
+    order, prompts = present.tolist(), joined["prompt_attention_mask"].sum(dim=1).tolist()
+    if shares:
+        order.sort(key=lambda sequence: (sequence % B, sequence))  # row by row
+        others = {name: value if is_of_tokens(name, value, prompt_shape) else batch[f"prompt_{name}"]
+                  for name, value in others.items()}  # fmt: skip
+    pieces, positions, segments, start = [], [], [], 0
+    targets, kept, chosen = {}, {}, {}  # of each sequence; of each row the segment and the place of the chosen one
+    for sequence in order:
+        columns, prompt = mask[sequence].nonzero()[:, 0], prompts[sequence]
+        shared = prompt if shares and sequence >= B else 0
+        own, (segment, begin) = columns[shared:], chosen.setdefault(sequence % B, (len(segments), start))
+        is_scored = scored[sequence, : len(columns) - prompt].bool()
+        before = start + prompt - shared + torch.arange(len(is_scored)) - 1  # what predicts each of the completion
+        if shared:
+            before[:1] = begin + prompt - 1
+        targets[sequence], kept[sequence] = ids[sequence, columns[prompt:]][is_scored], before[is_scored]
+        if len(own):
+            pieces.append((torch.full_like(own, sequence), own))
+            positions.append(torch.arange(shared, len(columns)))
+            segments.append((len(own), segment if shared else 0, shared))
+        start += len(own)
+    row, column = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    inputs = {"input_ids": ids[row, column][None], "position_ids": torch.cat(positions)[None]}
+    inputs |= {"attention_mask": torch.tensor(segments)[None, None]}
+    inputs["logits_to_keep"] = torch.cat([kept[sequence] for sequence in present.tolist()])
+    for name, value in others.items():
+        if is_of_tokens(name, value, prompt_shape):
+            value = go_on(value, ids.shape[1] - prompt_shape[1])[row, column][None]
+        inputs[name] = value
+    owner = torch.cat([torch.full_like(targets[sequence], sequence) for sequence in present.tolist()])
+    result = {"inputs": inputs, "targets": torch.cat([targets[sequence] for sequence in present.tolist()])}
+    return {**result, "owner": owner, **numbers_of(batch, joined, scored)}
+
+
 def encoder_decoder_batch(
     batch: dict[str, torch.Tensor], decoder_start_ids: list[int], padding_value: int = 0, label_pad_token_id: int = -100
 ) -> dict:
@@ -269,9 +339,9 @@ def go_on(value: torch.Tensor, tokens: int) -> torch.Tensor:
 
 def numbers_of(batch: dict, joined: dict, scored: torch.Tensor) -> dict[str, torch.Tensor]:
     """lengths and tokens, as in `padded_batch`, and the rows' own numbers."""
-    read = joined["completion_attention_mask"].sum(dim=1)
-    read = read + joined["prompt_attention_mask"].sum(dim=1) * (read > 0)
-    tokens = read.unflatten(0, (-1, len(batch["prompt_input_ids"]))).sum(0)
+    read = joined["completion_attention_mask"].sum(dim=1).unflatten(0, (-1, len(batch["prompt_input_ids"])))
+    prompts = batch["prompt_attention_mask"].sum(dim=1)
+    tokens, unique = (read + prompts * (read > 0)).sum(dim=0), read.sum(dim=0) + prompts
     others = ("prompt_", "chosen_", "rejected_", "scored")
     own = {name: value for name, value in batch.items() if not name.startswith(others)}
-    return {"lengths": scored.sum(dim=1), "tokens": tokens, **own}
+    return {"lengths": scored.sum(dim=1), "tokens": tokens, "unique_tokens": unique, **own}

@@ -111,7 +111,13 @@ class DPOConfig:
     label_pad_token_id: int = option(
         -100, "What is padding in an encoder-decoder's batch['labels'], which are for you.", most=-1
     )
-    layout: str = option("auto", "How batches look; auto takes padded, exact for every model.", choices="auto padded")
+    layout: str = option(
+        "auto",
+        "How batches look: padded; padding_free, one row of all sequences; prefix_shared, that with each prompt once. "
+        "auto takes the last of these that the model computes exactly.",
+        choices="auto padded padding_free prefix_shared",
+    )
+    padding_free: bool = option(False, "TRL's name for the layout padding_free.")
     dataset_num_proc: int | None = option(None, "Processes that tokenise the dataset.", least=1)
     dataloader_num_workers: int = option(0, "Processes that make batches ready.", least=0)
     dataloader_prefetch_factor: int | None = option(
@@ -438,7 +444,6 @@ ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph dataloader_multiprocess
 PyTorch's defaults serve
 parallelism_config fsdp fsdp_min_num_params fsdp_config fsdp_transformer_layer_cls_to_wrap deepspeed: this version \
 replicates the model in every process (DDP) and does not shard it
-padding_free: this version has the padded layout only
 """
 LEFT_OUT = [line.split(": ", 1) for line in LEFT_OUT.strip().splitlines()]
 

@@ -50,8 +50,8 @@ def lay_out(
     model.to(world.device)
     if world.size == 1 or not trains:
         return model
-    devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=find_unused_parameters)
+    # Without device_ids: batches are on the device already, and what of them is to stay off it does.
+    return DistributedDataParallel(model, find_unused_parameters=find_unused_parameters)
 
 
 def bare(model: torch.nn.Module) -> torch.nn.Module:

@@ -15,10 +15,11 @@ from dpo.collate import ready_batch
 def token_logps(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """log softmax(logits)[target], one per kept position.
 
-    Args: logits (M, V), any float dtype; targets (M,) int64. Returns: (M,) float32, nats.
+    Args: logits (M, V), any float dtype; targets (M,) int64. Returns: (M,) float32, of float64 float64, nats.
     In bfloat16 a log-softmax is off by up to 0.9 nats a sequence: hence float32 first.
     """
-    return -F.cross_entropy(logits.float(), targets, reduction="none")
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    return -F.cross_entropy(logits.to(exact), targets, reduction="none")
 
 
 def sum_by_owner(values: torch.Tensor, owner: torch.Tensor, sequences: int) -> torch.Tensor:
@@ -90,7 +91,8 @@ def concatenated_forward(
 
 
 def forward_kept_positions(model: torch.nn.Module, inputs: dict[str, torch.Tensor]):
-    """(the model's output, its logits (M, V) at the positions of inputs["logits_to_keep"], (S, T) bool).
+    """(the model's output, its logits (M, V) at the positions of inputs["logits_to_keep"], (S, T) bool or, of a batch
+    of one row, (M,) int64).
 
     A model that takes logits_to_keep leaves the other logits out itself; one that takes no attention_mask does without,
     since padding is at the end.
@@ -98,7 +100,10 @@ def forward_kept_positions(model: torch.nn.Module, inputs: dict[str, torch.Tenso
     optional = {**inputs, "use_cache": False}
     own = {name: optional.pop(name) for name in ("logits_to_keep", "attention_mask", "use_cache") if name in optional}
     output = model(**optional, **{name: value for name, value in own.items() if takes(model, name)})
-    return output, output.logits if output.logits.ndim == 2 else output.logits[inputs["logits_to_keep"]]
+    logits, keep = output.logits, inputs["logits_to_keep"]
+    if keep.ndim == 1:
+        return output, logits[0] if logits.shape[1] == len(keep) and takes(model, "logits_to_keep") else logits[0, keep]
+    return output, logits if logits.ndim == 2 else logits[keep]
 
 
 def takes(module: torch.nn.Module, name: str) -> bool:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from dpo import adapters, checkpoint, checks, distributed, files, models, report, sampling
+from dpo.attention import attend_as_before, attend_by_segments
 from dpo.batches import epoch_windows, moved
 from dpo.build import (
     adapter_config,
@@ -36,7 +37,7 @@ from dpo.build import (
     with_reference,
 )
 from dpo.checkpoint import TrainingState
-from dpo.collate import NUMBERS, decoder_start_ids, ready_batch
+from dpo.collate import NUMBERS, DataCollatorForPreference, decoder_start_ids, ready_batch
 from dpo.config import DPOConfig, UserError
 from dpo.conversations import sees
 from dpo.data import fingerprint, largest_id, largest_length, prepare_dataset
@@ -96,6 +97,7 @@ class Run:
     scaler: torch.amp.GradScaler | None = None
     state: TrainingState = field(default_factory=TrainingState)
     same_run: dict | None = None  # what a run must share with this one to go on from its checkpoints
+    layout: str = ""  # of the batches, in words
     answers_alone: bool = False  # whether the model must not be asked several prompts at once
     signals: list[int] = field(default_factory=list)  # that told the run to stop
     lock: object = None  # the open file that keeps other runs out of output_dir
@@ -178,6 +180,7 @@ def prepare(
         if run.reference.ref_model is not None:
             run.reference.ref_model = distributed.lay_out(run.reference.ref_model, world, trains=False)
         check_reading(run)
+        run.layout = distributed.from_first(choose_layout(run), world)
         if args.precompute_ref_log_probs:
             precompute_reference(run)
         run.steps_per_epoch, epochs = len(plan_epoch(run)), args.num_train_epochs
@@ -394,7 +397,7 @@ def check_reading(run: Run) -> None:
     """Tries the model on a few training rows: it must read them as `checks.check_reading` has it, see their pictures,
     and where answers are sampled generate what it has learnt to say."""
     args, rows = run.args, run.train_rows
-    shown = [len(each) for each in rows["pictures"][:]] if "pictures" in rows.column_names else [0] * len(rows)
+    shown = pictures_of(rows)
     is_quiet = args.disable_dropout and not adapters.drops_out(run.model)
     for number, others in checks.rows_to_try(rows["length"][:], shown):
         alone, together = (
@@ -420,6 +423,51 @@ def check_reading(run: Run) -> None:
                 raise UserError(words)
             # One that does so beside others alone, whose padding it takes for text, is asked one prompt at a time.
             run.answers_alone = bool(checks.generates_otherwise(run.model, asked, collator))
+
+
+def pictures_of(rows: datasets.Dataset) -> list[int]:
+    """How many pictures each tokenised row has."""
+    return [len(each) for each in rows["pictures"][:]] if "pictures" in rows.column_names else [0] * len(rows)
+
+
+def choose_layout(run: Run) -> str:
+    """Gives the collator the layout asked for, or with auto the first of prefix_shared and padding_free that gives the
+    log-probabilities of padded, else padded. Returns, in words: which, and why.
+
+    Raises: UserError if a layout was asked for by name, and policy or reference does not compute it exactly.
+    """
+    asked, own = run.args.layout, run.collator
+    if run.args.padding_free:
+        asked = "padding_free"
+    if not isinstance(own, DataCollatorForPreference):
+        return "that of the data_collator"
+    if own.layout != "padded":  # the caller's own collator: one of the plain layout is made ready as padded
+        asked = own.layout if own.layout != "plain" else "padded"
+    if asked == "padded":
+        return asked
+    padded, sides = dataclasses.replace(own, layout="padded"), (run.model, run.reference.ref_model)
+    models_asked = [distributed.unwrap(each) for each in sides if each is not None]
+    tried = checks.rows_of_all_lengths(run.train_rows["length"][:], pictures_of(run.train_rows))
+    rows, why = [run.train_rows[number] for number in tried], []
+    for layout in ("prefix_shared", "padding_free") if asked == "auto" else (asked,):
+        try:
+            if own.decoder_start_ids is not None:
+                raise ValueError("an encoder-decoder reads prompts and completions apart")
+            for model in models_asked:
+                attend_by_segments(model)
+            error = max(checks.layout_error(model, rows, padded, layout) for model in models_asked)
+            if error <= checks.LAYOUT_TOLERANCE:
+                run.collator = dataclasses.replace(own, layout=layout)
+                return f"{layout} (as padded to {error:.0e} nats a token{'; ' if why else ''}{'; '.join(why)})"
+            why.append(f"{layout} differs from padded by {error:.2g} nats a token")
+        except ValueError as error:
+            why.append(f"{layout}: {error}")
+    for model in models_asked:
+        attend_as_before(model)
+    if asked != "auto":
+        raise UserError(f"{why[0]}: leave out layout {asked}, auto takes one that is exact")
+    run.collator = padded
+    return f"padded ({'; '.join(why)})"
 
 
 def plan_epoch(run: Run, epoch: int = 0, *, drop_last: bool | None = None) -> list:
@@ -501,6 +549,7 @@ def what_matters(run: Run) -> dict:
     options = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in run.optimizer.param_groups]
     same_run["optimizer"] = f"{type(run.optimizer).__name__} {options}"
     same_run["collator"] = getattr(run.collator, "__qualname__", type(run.collator).__qualname__)
+    same_run["layout"] = getattr(run.collator, "layout", "")
     if not args.lr_scheduler_type.startswith("constant") or args.warmup_ratio:
         same_run["steps"] = run.total_steps  # the learning rate of each step depends on their number
     return same_run
@@ -562,4 +611,5 @@ def open_outputs(run: Run, trackers: dict, callbacks: list[Callable], resume: Pa
     run.receivers = [partial(report.append_row, output_dir / "metrics.jsonl"), *trackers, *callbacks]
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * run.world.size
     logger.info("%d rows, %d steps of %d rows", len(run.train_rows), run.total_steps, pairs)
+    logger.info("layout: %s", run.layout)
     logger.info("reference: %s; it takes %.1f MB beside the policy", run.reference.kind, run.reference.bytes() / 2**20)

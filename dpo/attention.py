@@ -1,0 +1,137 @@
+"""Attention over the segments of a flat row, for any model that asks transformers' AttentionInterface for its attention.
+
+A flat row holds many sequences one after the other, (1, U) tokens, without padding. Its mask says in a few numbers what a
+dense one would in U² cells: int64 (1, 1, N, 3), for each of the N segments how many tokens it has, and what it sees before
+itself: of which other segment the first how many tokens. Inside, attention is causal. `attend_by_segments(model)` teaches it
+to a model; whether a family then computes what it should is for `checks.layout_error` to say.
+"""
+
+import functools
+import sys
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+PREFIX = "segments_else_"  # of the registered names: what follows is the attention of all other batches
+
+
+def attend_by_segments(model: torch.nn.Module) -> None:
+    """Lets a model of transformers read flat rows. Other batches reach the attention that it had, as before.
+
+    Raises: ValueError if it is no model of transformers.
+    """
+    if not (configs := _text_configs(model)):
+        raise ValueError("its attention cannot be set, it is no model of transformers")
+    for config in configs:
+        kind = (config._attn_implementation or "eager").removeprefix(PREFIX)
+        AttentionInterface.register(PREFIX + kind, functools.partial(attend, otherwise=kind))
+        if kind in ALL_MASK_ATTENTION_FUNCTIONS:
+            AttentionMaskInterface.register(PREFIX + kind, ALL_MASK_ATTENTION_FUNCTIONS[kind])
+        config._attn_implementation = PREFIX + kind
+
+
+def attend_as_before(model: torch.nn.Module) -> None:
+    """Takes back what `attend_by_segments` did."""
+    for config in _text_configs(model):
+        config._attn_implementation = (config._attn_implementation or "eager").removeprefix(PREFIX)
+
+
+def _text_configs(model: torch.nn.Module) -> list[PreTrainedConfig]:
+    """The configurations of the language model inside a model, which its layers hold; a model that sees has others."""
+    held = [config for m in model.modules() if isinstance(config := getattr(m, "config", None), PreTrainedConfig)]
+    kind = type(held[0].get_text_config()) if held else None
+    return list({id(config): config for config in held if type(config) is kind}.values())
+
+
+def attend(module, query, key, value, attention_mask, *, otherwise: str, scaling=None, dropout=0.0, **kwargs):
+    """An attention function as transformers calls it. Args: query (B, H, U, D), key and value (B, H_kv, U, D);
+    attention_mask, of segments as above, or whatever the attention `otherwise` takes; kwargs, among them sliding_window,
+    softcap and s_aux (sinks). Returns: ((B, U, H, D), None)."""
+    if attention_mask is None or attention_mask.ndim != 4 or attention_mask.dtype != torch.int64:
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(otherwise, eager)
+        return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if dropout:
+        raise ValueError("attention over segments has no dropout: set disable_dropout")
+    segments = tuple(map(tuple, attention_mask[0, 0].tolist()))
+    window, softcap, sinks = (kwargs.get(name) for name in ("sliding_window", "softcap", "s_aux"))
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and softcap is None and sinks is None:
+        return attend_varlen(query, key, value, segments, scale=scaling, window=window), None
+    lengths = [length for length, _, _ in segments]
+    queries, keys, values = (each.split(lengths, dim=2) for each in (query, key, value))  # whose backward is one cat
+    outputs = []
+    for q, k, v, (length, other, seen) in zip(queries, keys, values, segments, strict=True):
+        if seen:
+            k, v = (torch.cat([own[other][:, :, :seen], each], dim=2) for own, each in ((keys, k), (values, v)))
+        outputs.append(attend_segment(q, k, v, scale=scaling, window=window, softcap=softcap, sinks=sinks))
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
+
+
+def attend_segment(query, key, value, *, scale=None, window=None, softcap=None, sinks=None) -> torch.Tensor:
+    """Causal attention of the last queries of a sequence to all of it.
+
+    Args: query (1, H, Q, D); key, value (1, H_kv, K, D), Q ≤ K; window, how many keys each query sees at most, itself
+    included; softcap, c·tanh(score/c) in place of scores (Gemma 2); sinks (H,), logits that take part in each softmax
+    and carry nothing (gpt-oss). Returns: (1, H, Q, D).
+    """
+    Q, K, grouped = query.shape[2], key.shape[2], query.shape[1] != key.shape[1]
+    plain = softcap is None and sinks is None
+    if plain and Q == K and (window is None or window >= K):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=grouped)
+    mask = causal_mask(Q, K, window, query.dtype, query.device)
+    if plain:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    if grouped:
+        key, value = (each.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for each in (key, value))
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype)[None, :, None, None].expand(1, -1, Q, 1)], dim=-1)
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))[..., :K].to(value.dtype) @ value
+
+
+@functools.lru_cache(maxsize=64)  # each layer of a batch wants the same ones
+def causal_mask(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(Q, K) 0 where the last queries of a sequence see its keys, −∞ elsewhere."""
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    is_seen = (distance >= 0) & (distance < (window or keys))
+    return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill(~is_seen, -torch.inf)
+
+
+def attend_varlen(query, key, value, segments: tuple, *, scale: float | None, window: int | None) -> torch.Tensor:
+    """The same for all segments at once, on a GPU, by torch's FlashAttention for sequences of differing length, in
+    float16 or bfloat16: what a segment sees of another is gathered before it. Returns: (1, U, H, D)."""
+    from torch.nn.attention.varlen import varlen_attn  # older builds of torch have none
+
+    index, starts_q, starts_k, most_q, most_k = varlen_index(segments, query.device)
+    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))  # (U, H, D)
+    if index is not None:
+        key, value = key[index], value[index]
+    sizes = {"window_size": (-1 if window is None else window - 1, 0), "enable_gqa": query.shape[1] != key.shape[1]}
+    return varlen_attn(query, key, value, starts_q, starts_k, most_q, most_k, scale=scale, **sizes)[None]
+
+
+@functools.lru_cache(maxsize=4)
+def varlen_index(segments: tuple, device: torch.device) -> tuple:
+    """(where the keys of all segments are gathered from, or None if each sees itself only; (N + 1,) int32 where the
+    queries and the keys of each begin; the most queries and keys that one has)."""
+    lengths = [length for length, _, _ in segments]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    keys = [length + seen for length, _, seen in segments]
+
+    def there(values: torch.Tensor) -> torch.Tensor:  # from pinned memory: nobody waits
+        return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+    index = None
+    if any(seen for _, _, seen in segments):
+        whole = torch.arange(int(starts[-1]))
+        seen = [whole[starts[other] : starts[other] + count] for _, other, count in segments]
+        own = whole.split(lengths)
+        index = there(torch.cat([part for both in zip(seen, own, strict=True) for part in both]))
+    starts_k = torch.tensor([0, *keys]).cumsum(0)
+    return index, there(starts.int()), there(starts_k.int()), max(lengths), max(keys)
