@@ -1,9 +1,10 @@
-"""Attention over the segments of a flat row, for any model that asks transformers' AttentionInterface for its attention.
+"""Attention over the segments of a flat row, for any model that asks transformers' AttentionInterface for attention.
 
-A flat row holds many sequences one after the other, (1, U) tokens, without padding. Its mask says in a few numbers what a
-dense one would in U² cells: int64 (1, 1, N, 3), for each of the N segments how many tokens it has, and what it sees before
-itself: of which other segment the first how many tokens. Inside, attention is causal. `attend_by_segments(model)` teaches it
-to a model; whether a family then computes what it should is for `checks.layout_error` to say.
+A flat row holds many sequences one after the other, (1, U) tokens, none of them padding. Its mask says in a few numbers
+what a dense one would in U² cells: int64 (1, 1, N, 3), of each of N segments how many tokens it has, and what it sees
+before itself: of which other segment, the first how many tokens. Inside itself attention is causal.
+`attend_by_segments(model)` teaches this to a model; whether its family then computes what it should says
+`checks.layout_error`.
 """
 
 import functools
@@ -47,9 +48,12 @@ def _text_configs(model: torch.nn.Module) -> list[PreTrainedConfig]:
 
 
 def attend(module, query, key, value, attention_mask, *, otherwise: str, scaling=None, dropout=0.0, **kwargs):
-    """An attention function as transformers calls it. Args: query (B, H, U, D), key and value (B, H_kv, U, D);
-    attention_mask, of segments as above, or whatever the attention `otherwise` takes; kwargs, among them sliding_window,
-    softcap and s_aux (sinks). Returns: ((B, U, H, D), None)."""
+    """An attention function as transformers calls it.
+
+    Args: query (B, H, U, D), key and value (B, H_kv, U, D); attention_mask, of segments as above, or whatever the
+    attention `otherwise` takes; kwargs, among them sliding_window, softcap and s_aux (sinks).
+    Returns: ((B, U, H, D), None).
+    """
     if attention_mask is None or attention_mask.ndim != 4 or attention_mask.dtype != torch.int64:
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(otherwise, eager)
@@ -63,7 +67,7 @@ def attend(module, query, key, value, attention_mask, *, otherwise: str, scaling
     lengths = [length for length, _, _ in segments]
     queries, keys, values = (each.split(lengths, dim=2) for each in (query, key, value))  # whose backward is one cat
     outputs = []
-    for q, k, v, (length, other, seen) in zip(queries, keys, values, segments, strict=True):
+    for q, k, v, (_, other, seen) in zip(queries, keys, values, segments, strict=True):
         if seen:
             k, v = (torch.cat([own[other][:, :, :seen], each], dim=2) for own, each in ((keys, k), (values, v)))
         outputs.append(attend_segment(q, k, v, scale=scaling, window=window, softcap=softcap, sinks=sinks))

@@ -136,6 +136,7 @@ def build_reference(policy, ref_model, columns: list[str], *, args: DPOConfig) -
     """What the policy is compared with, and whether the two must agree before the first step. columns, of the rows:
     they may bring the reference's log-probabilities."""
     common, own = {"policy": policy, "ld_alpha": args.ld_alpha}, isinstance(policy, PeftModel)
+    common["logits_budget"] = args.logits_budget
     if args.sync_ref_model:
         common |= {"sync_steps": args.ref_model_sync_steps, "mixup_alpha": args.ref_model_mixup_alpha}
     ref_model = args.ref_model_name_or_path if ref_model is None else ref_model

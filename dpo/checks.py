@@ -12,12 +12,12 @@ from dpo.batches import moved
 from dpo.collate import DataCollatorForPreference, decoder_start_ids
 from dpo.conversations import tokenizer_of
 from dpo.distributed import unwrap
-from dpo.logprobs import concatenated_forward, forward_kept_positions, token_logps
+from dpo.logprobs import concatenated_forward, forward_in_chunks, forward_kept_positions, token_logps
 from dpo.reference import without_aux_loss
 from dpo.rows import first_line
 from dpo.sampling import prompts_of
 
-LAYOUT_TOLERANCE = 1e-4  # nats a token, in float32
+TOLERANCE = 1e-4  # nats a token, in float32: of another layout, or of a head in chunks
 
 
 def rows_to_try(lengths: list[int], pictures: list[int]) -> list[tuple[int, set[int]]]:
@@ -32,8 +32,8 @@ def rows_to_try(lengths: list[int], pictures: list[int]) -> list[tuple[int, set[
 
 
 def rows_of_all_lengths(lengths: list[int], pictures: list[int]) -> list[int]:
-    """Rows that a layout is tried on: the longest, beyond which no window matters to these rows, the shortest, a middling
-    one, and of those with the most pictures the longest, too, if there are any."""
+    """Rows that a layout is tried on: the longest, beyond which no window matters to these rows, the shortest, a
+    middling one, and of those with the most pictures the longest, too, if there are any."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     tried = [order[0], order[-1], order[len(order) // 2]]
     if max(pictures):
@@ -110,11 +110,14 @@ def logps_of_last(result: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def layout_error(model: torch.nn.Module, rows: list[dict], collator: DataCollatorForPreference, layout: str) -> float:
+def layout_error(
+    model: torch.nn.Module, rows: list[dict], collator: DataCollatorForPreference, layout: str, *, trains: bool
+) -> float:
     """The largest difference, in nats of a token, between log-probabilities in a flat layout and in the padded one,
     computed in float32 whatever the model's dtype: what remains is what the family does with the layout.
 
-    Args: model, as `attention.attend_by_segments` left it; rows, tokenised, longer than its windows.
+    Args: model, as `attention.attend_by_segments` left it; rows, tokenised, longer than its windows; trains, whether it
+    will be asked in training mode, too.
     Raises: ValueError if the model cannot read such rows.
     """
     was_training, device = model.training, next(model.parameters()).device
@@ -125,7 +128,8 @@ def layout_error(model: torch.nn.Module, rows: list[dict], collator: DataCollato
             for batch in (padded, flat):
                 _, logits = forward_kept_positions(model.eval(), batch["inputs"])
                 logps.append(token_logps(logits, batch["targets"]))
-            forward_kept_positions(model.train(was_training), flat["inputs"])  # where there may be dropout
+            if trains:  # and may drop out something
+                forward_kept_positions(model.train(), flat["inputs"])
     except Exception as error:  # of one of many families' own ways to fail
         raise ValueError(f"{type(unwrap(model)).__name__} cannot read it: {first_line(error)}") from error
     finally:
@@ -133,6 +137,24 @@ def layout_error(model: torch.nn.Module, rows: list[dict], collator: DataCollato
     if not torch.isfinite(logps[0] - logps[1]).all():
         return math.inf
     return float((logps[0] - logps[1]).abs().max())
+
+
+@torch.no_grad()
+def head_error(model: torch.nn.Module, batch: dict) -> float:
+    """The largest difference, in nats of a token, that it makes to work out the logits in chunks, in float32: none,
+    unless a family does something to its logits that `logprobs.scale_and_cap` does not know."""
+    inputs, targets = batch["inputs"], batch["targets"]
+    was_training, device = model.training, targets.device.type
+    try:
+        with in_float32(model), torch.autocast(device, enabled=False):
+            whole = token_logps(forward_kept_positions(model.eval(), inputs)[1], targets)
+            _, parts, _ = forward_in_chunks(model, inputs, targets, chunk=len(targets) // 3 + 1, aligned=False)
+    except Exception:  # of one of many families' own ways to fail
+        return math.inf
+    finally:
+        model.train(was_training)
+    difference = float((whole - parts).abs().max())
+    return difference if math.isfinite(difference) else math.inf
 
 
 @contextmanager

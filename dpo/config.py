@@ -117,6 +117,11 @@ class DPOConfig:
         "auto takes the last of these that the model computes exactly.",
         choices="auto padded padding_free prefix_shared",
     )
+    logits_budget: float | None = option(
+        4.0,
+        "GiB that a batch's logits may take in float32; larger ones are worked out in chunks, and again in backward.",
+        above=0,
+    )
     padding_free: bool = option(False, "TRL's name for the layout padding_free.")
     dataset_num_proc: int | None = option(None, "Processes that tokenise the dataset.", least=1)
     dataloader_num_workers: int = option(0, "Processes that make batches ready.", least=0)
@@ -242,6 +247,8 @@ class DPOConfig:
             setattr(self, name, getattr(self, name) or {})
         if str(self.resume_from_checkpoint).lower() == "false":
             self.resume_from_checkpoint = None
+        if self.padding_free and self.layout == "auto":
+            self.layout = "padding_free"
         self.metric_for_best_model = f"eval_{(self.metric_for_best_model or 'loss').removeprefix('eval_')}"
         if self.greater_is_better is None and self.load_best_model_at_end:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
@@ -311,6 +318,10 @@ class DPOConfig:
                 "save_only_model saves nothing to resume from: leave out one of it and resume_from_checkpoint",
             ),
             (best and apart, "load_best_model_at_end needs save_steps that are a multiple of eval_steps"),
+            (
+                self.padding_free and self.layout != "padding_free",
+                f"padding_free and layout {self.layout} exclude each other: keep one",
+            ),
             (self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit exclude each other: keep one"),
             (
                 self.load_in_8bit and self.use_dora,

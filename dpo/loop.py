@@ -140,7 +140,8 @@ def get_batch_loss_metrics(
     """
     state, world = state or TrainingState(), world or World(rank=0, size=1, device=torch.device("cpu"))
     batch, names = ready_batch(batch, model), set(loss_names(args))
-    policy_logps = concatenated_forward(model, batch, ld_alpha=args.ld_alpha, use_weighting=args.use_weighting)
+    how = {name: getattr(args, name) for name in ("ld_alpha", "use_weighting", "logits_budget")}
+    policy_logps = concatenated_forward(model, batch, **how)
     aux_loss = policy_logps.pop("aux_loss", None)  # a mixture of experts' load balance
     pairs, pair_weights, tokens = counted_pairs(batch, policy_logps, reference(batch))
     if train_eval == "train" and "bco_pair" in names:

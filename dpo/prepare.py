@@ -54,7 +54,7 @@ gradient_accumulation_steps shuffle group_by_length dataloader_drop_last seed da
 lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon
 max_grad_norm bf16 fp16 loss_type loss_weights beta label_smoothing f_divergence_type f_alpha_divergence_coef
 reference_free rpo_alpha use_weighting ld_alpha discopop_tau simpo_gamma orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha
-chipo_clip exo_beta_r sync_ref_model ref_model_mixup_alpha ref_model_sync_steps load_in_4bit load_in_8bit
+logits_budget chipo_clip exo_beta_r sync_ref_model ref_model_mixup_alpha ref_model_sync_steps load_in_4bit load_in_8bit
 bnb_4bit_quant_type use_bnb_nested_quant ref_adapter_name precompute_ref_log_probs output_router_logits
 router_aux_loss_coef"""
 # What a caller may give to `train`, and the options that then do nothing.
@@ -181,6 +181,7 @@ def prepare(
             run.reference.ref_model = distributed.lay_out(run.reference.ref_model, world, trains=False)
         check_reading(run)
         run.layout = distributed.from_first(choose_layout(run), world)
+        choose_head(run)
         if args.precompute_ref_log_probs:
             precompute_reference(run)
         run.steps_per_epoch, epochs = len(plan_epoch(run)), args.num_train_epochs
@@ -437,8 +438,6 @@ def choose_layout(run: Run) -> str:
     Raises: UserError if a layout was asked for by name, and policy or reference does not compute it exactly.
     """
     asked, own = run.args.layout, run.collator
-    if run.args.padding_free:
-        asked = "padding_free"
     if not isinstance(own, DataCollatorForPreference):
         return "that of the data_collator"
     if own.layout != "padded":  # the caller's own collator: one of the plain layout is made ready as padded
@@ -455,8 +454,12 @@ def choose_layout(run: Run) -> str:
                 raise ValueError("an encoder-decoder reads prompts and completions apart")
             for model in models_asked:
                 attend_by_segments(model)
-            error = max(checks.layout_error(model, rows, padded, layout) for model in models_asked)
-            if error <= checks.LAYOUT_TOLERANCE:
+            errors = [
+                checks.layout_error(model, rows, padded, layout, trains=model is models_asked[0])
+                for model in models_asked
+            ]
+            error = max(errors)
+            if error <= checks.TOLERANCE:
                 run.collator = dataclasses.replace(own, layout=layout)
                 return f"{layout} (as padded to {error:.0e} nats a token{'; ' if why else ''}{'; '.join(why)})"
             why.append(f"{layout} differs from padded by {error:.2g} nats a token")
@@ -468,6 +471,20 @@ def choose_layout(run: Run) -> str:
         raise UserError(f"{why[0]}: leave out layout {asked}, auto takes one that is exact")
     run.collator = padded
     return f"padded ({'; '.join(why)})"
+
+
+def choose_head(run: Run) -> None:
+    """Leaves the head whole, whatever its logits take, where chunks of it would be another model's. Raises: UserError
+    if logits_budget was set by the caller."""
+    args, reference = run.args, run.reference
+    batch = moved(ready_batch(run.collator([run.train_rows[0]]), run.model), run.world.device)
+    sides = [distributed.unwrap(each) for each in (run.model, reference.ref_model) if each is not None]
+    if not args.logits_budget or all(checks.head_error(model, batch) <= checks.TOLERANCE for model in sides):
+        return
+    if args.logits_budget != DPOConfig.logits_budget:
+        kind = type(distributed.unwrap(run.model)).__name__
+        raise UserError(f"logits_budget: the head of {kind} does not work in chunks: leave it out")
+    args.logits_budget = reference.logits_budget = None
 
 
 def plan_epoch(run: Run, epoch: int = 0, *, drop_last: bool | None = None) -> list:

@@ -32,7 +32,7 @@ class Reference:
 
     Args: policy, the model that trains; kind, what is asked, in words; ref_model, a frozen one, or None: the policy is
     asked, with its adapter ref_adapter_name or with none; exists, False where there is none to ask: log π_ref = 0;
-    is_cached, the batches bring its values; digest, of what they were worked out by; ld_alpha as in
+    is_cached, the batches bring its values; digest, of what they were worked out by; ld_alpha and logits_budget as in
     `concatenated_forward`; sync_steps and mixup_alpha, TR-DPO: move it towards the policy every so many optimizer
     steps, 0 for never.
     """
@@ -45,6 +45,7 @@ class Reference:
     is_cached: bool = False
     digest: str = ""
     ld_alpha: float | None = None
+    logits_budget: float | None = None
     sync_steps: int = 0
     mixup_alpha: float = 1.0
 
@@ -59,7 +60,7 @@ class Reference:
             zeros = torch.zeros(len(lengths), device=lengths.device)
             return zeros[:B], zeros[B:].unflatten(0, (-1, B)).T.squeeze(1)
         models = {"policy": self.policy, "ref_model": self.ref_model, "ref_adapter_name": self.ref_adapter_name}
-        return compute_ref_log_probs(batch, **models, ld_alpha=self.ld_alpha)
+        return compute_ref_log_probs(batch, **models, ld_alpha=self.ld_alpha, logits_budget=self.logits_budget)
 
     def after_step(self, step: int) -> None:
         """What an optimizer step, the step-th, does to the reference."""
@@ -203,15 +204,17 @@ def compute_ref_log_probs(
     ref_adapter_name: str | None = None,
     padding_value: int = 0,
     ld_alpha: float | None = None,
+    logits_budget: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log π_ref(y_w|x), log π_ref(y_l|x)), each (B,) float32, no gradient.
 
     Args: ref_model, asked if given; otherwise policy, a PEFT model, with its adapter ref_adapter_name, or with none.
-    padding_value and ld_alpha as in `concatenated_forward`.
+    padding_value, ld_alpha and logits_budget as in `concatenated_forward`.
     """
     asked = null_ref_context(policy, ref_adapter_name) if ref_model is None else nullcontext(ref_model)
     with asked as model, without_aux_loss(model):
-        result = concatenated_forward(model, batch, padding_value=padding_value, ld_alpha=ld_alpha)
+        how = {"padding_value": padding_value, "ld_alpha": ld_alpha, "logits_budget": logits_budget}
+        result = concatenated_forward(model, batch, **how)
     return result["chosen_logps"], result["rejected_logps"]
 
 

@@ -559,7 +559,7 @@ def test_a_moved_reference_takes_its_share_of_the_policy(tmp_path):
 
 
 @pytest.mark.parametrize(("option", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_half_precision_computes_in_it_and_keeps_float32_weights(option, dtype, tmp_path):
+def test_half_precision_computes_in_it_and_keeps_float32_weights(option, dtype, tmp_path, unlooked):
     model, seen = make_model(), set()
     model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
     trained = start(tmp_path, model, max_steps=1, **{option: True}).model
@@ -712,17 +712,35 @@ def test_intervals_are_steps_or_shares_of_all_steps_rounded_up(tmp_path):
     assert [row["step"] for row in usual.rows if "eval_loss" in row] == [2, 3]  # as logging_steps
 
 
-def test_layout_is_that_of_the_batches_and_is_refused_where_a_collator_of_the_callers_makes_them(tmp_path, unlooked):
-    """Each layout that there is gives the model one row of [prompt, completion, padding] for each sequence."""
-    for layout in ("auto", "padded"):
-        model, shapes = make_model(), []
-        model.register_forward_pre_hook(
-            lambda _, __, inputs, shapes=shapes: shapes.append(inputs["logits_to_keep"].shape), with_kwargs=True
-        )
-        run = start(tmp_path / layout, model=model, rows=ROWS[:8], max_steps=1, layout=layout)
-        assert run.collator.layout == "padded"
-        longest = max(run.train_rows["length"])
-        assert shapes == [(16, longest)] * 2  # policy and reference, chosen over rejected
+@pytest.mark.parametrize(
+    ("options", "layout"),
+    [
+        ({}, "prefix_shared"),
+        ({"layout": "prefix_shared"}, "prefix_shared"),
+        ({"layout": "padding_free"}, "padding_free"),
+        ({"padding_free": True}, "padding_free"),
+        ({"layout": "padded"}, "padded"),
+    ],
+    ids=str,
+)
+def test_layout_is_that_of_the_batches(options, layout, tmp_path, unlooked):
+    """Padded has a row for each sequence, the others one for all, where a prompt stands for each of them, or once."""
+    model, shapes = make_model(), []
+    model.register_forward_pre_hook(lambda _, __, inputs: shapes.append(inputs["input_ids"].shape), with_kwargs=True)
+    run = start(tmp_path, model=model, rows=ROWS[:8], max_steps=1, **options)
+    rows = [[len(row[f"{part}_input_ids"]) for part in ("prompt", "chosen", "rejected")] for row in run.train_rows]
+    longest = max(prompt + max(own) for prompt, *own in rows)
+    shape = {
+        "padded": (16, longest),
+        "padding_free": (1, sum(2 * prompt + sum(own) for prompt, *own in rows)),
+        "prefix_shared": (1, sum(map(sum, rows))),
+    }
+    assert run.collator.layout == layout and run.layout.startswith(layout)
+    assert shapes == [shape[layout]] * 2  # policy and reference
+
+
+def test_a_collator_of_the_callers_makes_the_batches(tmp_path, unlooked):
+    run = start(tmp_path / "padded", rows=ROWS[:8], max_steps=1, layout="padded")
     collator = DataCollatorForPreference(pad_token_id=0)  # of the plain layout, which the loader makes ready
     plain = start(tmp_path / "plain", rows=ROWS[:8], max_steps=1, data_collator=collator)
     assert torch.equal(plain.model.lm_head.weight, run.model.lm_head.weight)

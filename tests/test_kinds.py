@@ -568,7 +568,7 @@ OWN = {"adapter": {}, "attention": {"model_init_kwargs": {"attention_dropout": 0
 
 @pytest.mark.parametrize("own", OWN)
 def test_a_quantised_reference_has_no_dropout_though_its_policy_has(own, sft, tmp_path):
-    common = {"rows": ROWS[:12], **STEPS, "load_in_4bit": True, "disable_dropout": False}
+    common = {"rows": ROWS[:12], **STEPS, "load_in_4bit": True, "disable_dropout": False, "layout": "padded"}
     noisy = {"model": str(sft / "noisy"), **OWN[own]}
 
     def cached(name, **options):

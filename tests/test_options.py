@@ -191,7 +191,7 @@ ELSEWHERE = {
     "resume_from_checkpoint": "test_a_resumed_run_equals_one_that_never_stopped",
     "ddp_backend ddp_timeout ddp_find_unused_parameters": "test_what_cannot_be_is",
     "skip_bad_rows": "test_bad_rows_stop_the_run_or_are_left_out",
-    "layout": "test_layout_is_that_of_the_batches",
+    "layout padding_free": "test_layout_is_that_of_the_batches",
     "per_device_eval_batch_size": "test_batch_sizes_and_workers_of_training_and_evaluation",
     "output_dir disable_tqdm use_cpu": "test_where_a_run_goes_and_what_it_is_called_there",
     "is_encoder_decoder label_pad_token_id": "test_an_encoder_decoder_trains_as_its_configuration_says",

@@ -57,7 +57,9 @@ def test_there_are_no_sub_packages_and_no_base_classes():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
                 bases = [ast.unparse(base) for base in node.bases]
-                assert bases in ([], ["NamedTuple"], ["ValueError"]), f"{path.name}: {node.name}"
+                assert bases in ([], ["NamedTuple"], ["ValueError"], ["torch.autograd.Function"]), (
+                    f"{path.name}: {node.name}"
+                )
 
 
 def test_from_main_to_the_equation_it_is_four_calls(tmp_path, model_dir, monkeypatch):
