@@ -19,6 +19,8 @@ def epoch_windows(
     seed: int = 0,
     group_by_length: bool = False,
     drop_last: bool = False,
+    most_tokens: int | None = None,
+    tokens_of: Callable[[list[int]], int] | None = None,
 ) -> list[list[list[list[int]]]]:
     """Which rows train together: windows[optimizer step][micro-batch][rank] -> row indices.
 
@@ -26,7 +28,9 @@ def epoch_windows(
     factors: 8×1×1, 1×8×1 and 4×1×2 train alike. Inside it rows are sorted by length before they are cut into
     micro-batches: its gradient, a sum, stays the same, the padding shrinks. The last window may be smaller (drop_last
     leaves it out), and a rank may then get an empty list. lengths are tokens of each row; group_by_length makes windows
-    of similar length throughout (the gradient noise is then no longer independent of length).
+    of similar length throughout (the gradient noise is then no longer independent of length). With most_tokens a window
+    is cut where a rank's next batch would have more, as tokens_of(row indices) counts them, instead of every batch_size
+    rows: the gradient is the same, too.
     """
     window_size = batch_size * accumulation * world_size
     generator = torch.Generator().manual_seed(seed)
@@ -42,13 +46,30 @@ def epoch_windows(
         windows = [windows[i] for i in torch.randperm(len(windows), generator=generator).tolist()]
     plan = []
     for window in windows:
-        if accumulation * world_size > 1:
+        if accumulation * world_size > 1 or most_tokens:
             window = sorted(window, key=lambda row: lengths[row], reverse=True)
-        step = batch_size * world_size
-        micro_batches = [window[i : i + step] for i in range(0, len(window), step)]
         # Deal the rows out like cards: neighbours in length go to different ranks, which then take equally long.
-        plan.append([[micro[rank::world_size] for rank in range(world_size)] for micro in micro_batches])
+        ranks = [window[rank::world_size] for rank in range(world_size)]
+        if most_tokens:
+            plan.append(cut_by_tokens(ranks, most_tokens=most_tokens, tokens_of=tokens_of))
+        else:
+            starts = range(0, len(ranks[0]), batch_size)
+            plan.append([[rows[start : start + batch_size] for rows in ranks] for start in starts])
     return plan
+
+
+def cut_by_tokens(
+    ranks: list[list[int]], *, most_tokens: int, tokens_of: Callable[[list[int]], int]
+) -> list[list[list[int]]]:
+    """Micro-batches [number][rank] of the rows that each rank has of a window: as many as fit, at least one each."""
+    micro_batches, start, end = [], 0, 0
+    while start < len(ranks[0]):
+        end = start + 1
+        while end < len(ranks[0]) and all(tokens_of(rows[start : end + 1]) <= most_tokens for rows in ranks):
+            end += 1
+        micro_batches.append([rows[start:end] for rows in ranks])
+        start = end
+    return micro_batches
 
 
 def load_windows(

@@ -158,6 +158,12 @@ class DPOConfig:
     # ---- optimization
     per_device_train_batch_size: int = option(8, "Pairs (or rankings) in one forward pass of one process.", least=1)
     gradient_accumulation_steps: int = option(1, "Forward and backward passes per optimizer step.", least=1)
+    max_tokens_per_micro_batch: int | None = option(
+        None,
+        "Tokens in one forward pass of one process, padding counted: an optimizer step's rows are then cut by it, and "
+        "not by their number. A row that has more is alone.",
+        least=1,
+    )
     num_train_epochs: float = option(3.0, "Passes over the training set; a fraction will do.", above=0)
     max_steps: int = option(
         -1, "Stop after so many optimizer steps, whatever num_train_epochs says; -1 for no limit.", least=-1
@@ -347,6 +353,10 @@ class DPOConfig:
                 f"use_weighting weighs pairs, {listed} does not: leave one out",
             ),
             (ld and by_rank, f"ld_alpha compares the two of a pair, {listed} ranks more: leave one out"),
+            (
+                sorts and self.max_tokens_per_micro_batch is not None,
+                f"{listed} sorts the whole batch: leave out max_tokens_per_micro_batch",
+            ),
             (accumulates and sorts, f"{listed} sorts the whole batch: leave out gradient_accumulation_steps"),
             (no_eval and evaluation, "eval_on_start, generate_during_eval and eval_dataset_name need an eval_strategy"),
             (best and (no_eval or unlike), "load_best_model_at_end needs eval_strategy and save_strategy set alike"),

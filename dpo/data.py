@@ -331,6 +331,19 @@ def largest_length(rows: Dataset) -> int:
     return max(pc.max(lengths[-1]).as_py() or 0 for lengths, _ in _flat_columns(rows.select_columns(list(IDS))))
 
 
+def part_lengths(rows: Dataset) -> list[tuple[int, list[int]]]:
+    """Of each tokenised row the number of tokens of its prompt, and of each of its completions, best first."""
+    counts = []
+    for part in rows.select_columns(list(IDS)).with_format("arrow").iter(batch_size=1000):
+        prompt, chosen, rejected = (part[name].combine_chunks() for name in IDS)
+        several = isinstance(rejected.type.value_type, pa.ListType)
+        numbers = [[len(ids) for ids in each] for each in rejected] if several else pc.list_value_length(rejected)
+        for one in zip(pc.list_value_length(prompt), pc.list_value_length(chosen), numbers, strict=True):
+            prompt_tokens, chosen_tokens = one[0].as_py(), one[1].as_py()
+            counts.append((prompt_tokens, [chosen_tokens, *(one[2] if several else [one[2].as_py()])]))
+    return counts
+
+
 def _flat_columns(rows: Dataset) -> Iterator[tuple[list[pa.Array], pa.Array]]:
     """Each column in parts, as (the lengths of its lists, level by level; the values in them, in a row)."""
     for part in rows.with_format("arrow").iter(batch_size=1000):

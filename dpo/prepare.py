@@ -40,7 +40,7 @@ from dpo.checkpoint import TrainingState
 from dpo.collate import NUMBERS, DataCollatorForPreference, decoder_start_ids, ready_batch
 from dpo.config import DPOConfig, UserError
 from dpo.conversations import sees
-from dpo.data import fingerprint, largest_id, largest_length, prepare_dataset
+from dpo.data import fingerprint, largest_id, largest_length, part_lengths, prepare_dataset
 from dpo.distributed import World
 from dpo.logprobs import takes
 from dpo.losses import OF_RANKINGS, OVER_THE_BATCH, PARAMETERS, takers
@@ -49,12 +49,12 @@ from dpo.rows import first_line
 from dpo.sources import load_preferences
 
 # Another value of any of these makes another run, which cannot go on from a checkpoint.
-EXACT_OPTIONS = """dtype attn_implementation tf32 torch_compile per_device_train_batch_size
+EXACT_OPTIONS = """dtype attn_implementation tf32 torch_compile per_device_train_batch_size max_tokens_per_micro_batch
 gradient_accumulation_steps shuffle group_by_length dataloader_drop_last seed data_seed disable_dropout learning_rate
 lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon
 max_grad_norm bf16 fp16 loss_type loss_weights beta label_smoothing f_divergence_type f_alpha_divergence_coef
 reference_free rpo_alpha use_weighting ld_alpha discopop_tau simpo_gamma orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha
-logits_budget chipo_clip exo_beta_r sync_ref_model ref_model_mixup_alpha ref_model_sync_steps load_in_4bit load_in_8bit
+chipo_clip exo_beta_r sync_ref_model ref_model_mixup_alpha ref_model_sync_steps load_in_4bit load_in_8bit
 bnb_4bit_quant_type use_bnb_nested_quant ref_adapter_name precompute_ref_log_probs output_router_logits
 router_aux_loss_coef"""
 # What a caller may give to `train`, and the options that then do nothing.
@@ -487,9 +487,27 @@ def choose_head(run: Run) -> None:
     args.logits_budget = reference.logits_budget = None
 
 
+def tokens_read(run: Run) -> Callable[[list[int]], int]:
+    """The function that counts what the model reads of training rows in one batch of the run's layout."""
+    layout = getattr(run.collator, "layout", "padded")
+    parts = part_lengths(run.train_rows)
+
+    def count(numbers: list[int]) -> int:
+        rows = [parts[number] for number in numbers]
+        if layout == "prefix_shared":
+            return sum(prompt + sum(own) for prompt, own in rows)
+        if layout == "padding_free":
+            return sum(prompt * len(own) + sum(own) for prompt, own in rows)
+        return sum(len(own) for _, own in rows) * max((prompt + max(own) for prompt, own in rows), default=0)
+
+    return count
+
+
 def plan_epoch(run: Run, epoch: int = 0, *, drop_last: bool | None = None) -> list:
     """The windows of an epoch: which rows make up which optimizer step (see `epoch_windows`)."""
-    args = run.args
+    args, by_tokens = run.args, {}
+    if args.max_tokens_per_micro_batch:
+        by_tokens = {"most_tokens": args.max_tokens_per_micro_batch, "tokens_of": tokens_read(run)}
     windows = epoch_windows(
         run.train_rows["length"][:],
         batch_size=args.per_device_train_batch_size,
@@ -499,6 +517,7 @@ def plan_epoch(run: Run, epoch: int = 0, *, drop_last: bool | None = None) -> li
         seed=(args.seed if args.data_seed is None else args.data_seed) + epoch,
         group_by_length=args.group_by_length,
         drop_last=args.dataloader_drop_last if drop_last is None else drop_last,
+        **by_tokens,
     )
     if not windows:
         raise UserError("dataloader_drop_last leaves no batch: the training set is smaller than one")
@@ -566,7 +585,7 @@ def what_matters(run: Run) -> dict:
     options = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in run.optimizer.param_groups]
     same_run["optimizer"] = f"{type(run.optimizer).__name__} {options}"
     same_run["collator"] = getattr(run.collator, "__qualname__", type(run.collator).__qualname__)
-    same_run["layout"] = getattr(run.collator, "layout", "")
+    same_run |= {"layout": getattr(run.collator, "layout", ""), "logits_budget": args.logits_budget}
     if not args.lr_scheduler_type.startswith("constant") or args.warmup_ratio:
         same_run["steps"] = run.total_steps  # the learning rate of each step depends on their number
     return same_run

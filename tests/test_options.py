@@ -191,6 +191,8 @@ ELSEWHERE = {
     "resume_from_checkpoint": "test_a_resumed_run_equals_one_that_never_stopped",
     "ddp_backend ddp_timeout ddp_find_unused_parameters": "test_what_cannot_be_is",
     "skip_bad_rows": "test_bad_rows_stop_the_run_or_are_left_out",
+    "logits_budget": "test_logits_beyond_the_budget_are_worked_out_in_chunks",
+    "max_tokens_per_micro_batch": "test_a_budget_counts_the_tokens_that_the_model_reads",
     "layout padding_free": "test_layout_is_that_of_the_batches",
     "per_device_eval_batch_size": "test_batch_sizes_and_workers_of_training_and_evaluation",
     "output_dir disable_tqdm use_cpu": "test_where_a_run_goes_and_what_it_is_called_there",
