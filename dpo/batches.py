@@ -95,8 +95,8 @@ def load_windows(
     for window in windows:
         micro_batches = []
         for micro, batch in zip(window, batches, strict=False):
-            batch["index"] = torch.tensor(micro[world.rank] or [-1])
-            micro_batches.append(moved(batch, world.device))
+            # The index stays here: what a GPU is asked for makes the step wait.
+            micro_batches.append(moved(batch, world.device) | {"index": torch.tensor(micro[world.rank] or [-1])})
         yield sum(len(numbers) for micro in window for numbers in micro), micro_batches
 
 

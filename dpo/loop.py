@@ -168,8 +168,8 @@ def counted_pairs(batch: dict, policy: dict, reference: tuple) -> tuple[dict, to
     A row that only stands in, so that this process has something to do, is left out."""
     values = {**policy, "ref_chosen_logps": reference[0], "ref_rejected_logps": reference[1]}
     values |= {name: batch[name] for name in ("margins", "scores", "weights", "tokens") if name in batch}
-    if "index" in batch:
-        values = {name: value[batch["index"] >= 0] for name, value in values.items()}
+    if "index" in batch and not (present := batch["index"] >= 0).all():
+        values = {name: value[present] for name, value in values.items()}
     weights = values.pop("weights", torch.ones_like(values["chosen_logps"]))
     return values, weights, values.pop("tokens")
 
