@@ -1,7 +1,7 @@
 """What each kind of reference costs: peak memory and seconds a step, of one model, as a Markdown table.
 
-    python tests/benchmark_reference.py                   # a random model of 44M parameters
-    python tests/benchmark_reference.py --model DIR       # any causal language model
+    python tests/benchmarks/reference.py                   # a random model of 44M parameters
+    python tests/benchmarks/reference.py --model DIR       # any causal language model
 
 Each kind trains in a process of its own, in turns so that a machine's moods hit all; medians over steps and rounds.
 Memory is the largest that the process had while it trained, over what it had with its libraries loaded (on a GPU: that
@@ -18,7 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import ROOT, make_model, make_rows, memory, reset_peak_memory
+
 LORA = {"use_peft": True, "lora_target_modules": "all-linear"}
 NAMED = {"model_adapter_name": "policy", "ref_adapter_name": "reference"}
 # What it is called in the table: the options, and which of the saved models they are for.
@@ -37,15 +38,10 @@ KINDS = {
 def make_models(folder: Path, model: str | None) -> None:
     """folder/base and, on it, folder/adapter, as if it had been trained; and rows of random words."""
     import torch
-
-    sys.path.insert(0, str(ROOT / "tests"))
-    from benchmark_trl import make_rows
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if model is None:
-        from benchmark_trl import make_model
-
         make_model(folder / "base", hidden=512, layers=6, vocab=49152)
         model = str(folder / "base")
     AutoTokenizer.from_pretrained(model).save_pretrained(folder / "base")
@@ -83,17 +79,11 @@ def train_one(folder: Path, kind: str, steps: int) -> None:
             torch.cuda.reset_peak_memory_stats()
         else:
             most.append(memory("VmHWM") - loaded)
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            reset_peak_memory()
 
     run = train(args=args, train_dataset=rows, callbacks=[note])
     seconds = statistics.median(b - a for a, b in zip(times, times[1:], strict=False))
     print(json.dumps({"seconds": seconds, "memory": max(most[1:]), "own": run.reference.bytes() / 2**20}))
-
-
-def memory(which: str) -> float:
-    """What this process holds in memory (VmRSS), or the most that it held (VmHWM), in MiB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(which)).split()[1]) / 2**10
 
 
 def main() -> None:
