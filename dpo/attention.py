@@ -1,9 +1,9 @@
-"""Attention over the segments of a flat row, for any model that asks transformers' AttentionInterface for its attention.
+"""Attention over the segments of a flat row, for any model that asks transformers' AttentionInterface for its own.
 
-A flat row holds many sequences one after the other, (1, U) tokens, without padding. Its mask says in a few numbers what a
-dense one would in U² cells: int64 (1, 1, N, 3), for each of the N segments how many tokens it has, and what it sees before
-itself: of which other segment the first how many tokens. Inside, attention is causal. `attend_by_segments(model)` teaches it
-to a model; whether a family then computes what it should is for `checks.layout_error` to say.
+A flat row holds many sequences one after the other, (1, U) tokens, without padding. Its mask says in a few numbers what
+a dense one would in U² cells: int64 (1, 1, N, 3), for each of the N segments how many tokens it has, and what it sees
+before itself: of which other segment the first how many tokens. Inside, attention is causal. A model is taught it by
+`attend_by_segments(model)`; whether its family then computes what it should is for `checks.layout_error` to say.
 """
 
 import functools
@@ -16,6 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PREFIX = "segments_else_"  # of the registered names: what follows is the attention of all other batches
+KNOWN = "s_aux", "position_ids"  # of the tensors that an attention function may be given
 
 
 def attend_by_segments(model: torch.nn.Module) -> None:
@@ -48,22 +49,26 @@ def _text_configs(model: torch.nn.Module) -> list[PreTrainedConfig]:
 
 def attend(module, query, key, value, attention_mask, *, otherwise: str, scaling=None, dropout=0.0, **kwargs):
     """An attention function as transformers calls it. Args: query (B, H, U, D), key and value (B, H_kv, U, D);
-    attention_mask, of segments as above, or whatever the attention `otherwise` takes; kwargs, among them sliding_window,
-    softcap and s_aux (sinks). Returns: ((B, U, H, D), None)."""
+    attention_mask, of segments as above, or whatever the attention `otherwise` takes; kwargs, among them
+    sliding_window, softcap and s_aux (sinks). Returns: ((B, U, H, D), None)."""
     if attention_mask is None or attention_mask.ndim != 4 or attention_mask.dtype != torch.int64:
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        files = [sys.modules[kind.__module__] for kind in type(module).__mro__]
+        eager = next((f for file in files if (f := getattr(file, "eager_attention_forward", None))), None)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(otherwise, eager)
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if dropout:
         raise ValueError("attention over segments has no dropout: set disable_dropout")
+    if others := [name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in KNOWN]:
+        raise ValueError(f"attention over segments has no {others[0]}")  # which may be zero so far
     segments = tuple(map(tuple, attention_mask[0, 0].tolist()))
-    window, softcap, sinks = (kwargs.get(name) for name in ("sliding_window", "softcap", "s_aux"))
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and softcap is None and sinks is None:
         return attend_varlen(query, key, value, segments, scale=scaling, window=window), None
     lengths = [length for length, _, _ in segments]
     queries, keys, values = (each.split(lengths, dim=2) for each in (query, key, value))  # whose backward is one cat
     outputs = []
-    for q, k, v, (length, other, seen) in zip(queries, keys, values, segments, strict=True):
+    for q, k, v, (_, other, seen) in zip(queries, keys, values, segments, strict=True):
         if seen:
             k, v = (torch.cat([own[other][:, :, :seen], each], dim=2) for own, each in ((keys, k), (values, v)))
         outputs.append(attend_segment(q, k, v, scale=scaling, window=window, softcap=softcap, sinks=sinks))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from peft import PeftModel
 
+from dpo.attention import attend_as_before, attend_by_segments
 from dpo.batches import moved
 from dpo.collate import DataCollatorForPreference, decoder_start_ids
 from dpo.conversations import tokenizer_of
@@ -32,8 +33,8 @@ def rows_to_try(lengths: list[int], pictures: list[int]) -> list[tuple[int, set[
 
 
 def rows_of_all_lengths(lengths: list[int], pictures: list[int]) -> list[int]:
-    """Rows that a layout is tried on: the longest, beyond which no window matters to these rows, the shortest, a middling
-    one, and of those with the most pictures the longest, too, if there are any."""
+    """Rows that a layout is tried on: the longest, beyond which no window matters to these rows, the shortest, a
+    middling one, and of those with the most pictures the longest, too, if there are any."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     tried = [order[0], order[-1], order[len(order) // 2]]
     if max(pictures):
@@ -110,44 +111,76 @@ def logps_of_last(result: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def layout_error(model: torch.nn.Module, rows: list[dict], collator: DataCollatorForPreference, layout: str) -> float:
+def layout_error(
+    model: torch.nn.Module,
+    rows: list[dict],
+    collator: DataCollatorForPreference,
+    layout: str,
+    *,
+    company: list[dict],
+    trains: bool,
+    is_quiet: bool,
+) -> float:
     """The largest difference, in nats of a token, between log-probabilities in a flat layout and in the padded one,
-    computed in float32 whatever the model's dtype: what remains is what the family does with the layout.
+    computed in float32 whatever the model's dtype: what remains is what the family does with the layout. It is left as
+    `attention.attend_by_segments` has it, with which padded batches must give what they did, too.
 
-    Args: model, as `attention.attend_by_segments` left it; rows, tokenised, longer than its windows.
+    Args: rows, tokenised, longer than its windows; company, what stands before them in the flat row only, so much that
+    no batch is longer: some families count a row's tokens (Llama 4); trains, whether to try training mode, too, and
+    is_quiet, whether no dropout is left, so that it must give the same.
     Raises: ValueError if the model cannot read such rows.
     """
     was_training, device = model.training, next(model.parameters()).device
-    padded, flat = (moved(replace(collator, layout=each)(rows), device) for each in ("padded", layout))
-    logps = []
+    padded, flat, long = (
+        moved(replace(collator, layout=each)(of), device)
+        for each, of in (("padded", rows), (layout, rows), (layout, [*company, *rows]))
+    )
+    own = long["owner"] % len(long["tokens"]) >= len(company)
+    long["inputs"]["logits_to_keep"], long["targets"] = long["inputs"]["logits_to_keep"][own], long["targets"][own]
+
+    def logps(batch: dict) -> torch.Tensor:
+        output, logits = forward_kept_positions(model, batch["inputs"])
+        if isinstance(getattr(output, "aux_loss", None), torch.Tensor):
+            raise ValueError("its load balance is of the tokens of a padded batch")
+        return token_logps(logits, batch["targets"])
+
     try:
         with in_float32(model), torch.autocast(device.type, enabled=False), torch.random.fork_rng():
-            for batch in (padded, flat):
-                _, logits = forward_kept_positions(model.eval(), batch["inputs"])
-                logps.append(token_logps(logits, batch["targets"]))
-            forward_kept_positions(model.train(was_training), flat["inputs"])  # where there may be dropout
+            attend_as_before(model.eval())
+            expected = logps(padded)
+            attend_by_segments(model)
+            found = [logps(padded), logps(long)]
+            if trains:
+                model.train()
+                trained = logps(flat)
+                found += [trained] if is_quiet else []
     except Exception as error:  # of one of many families' own ways to fail
         raise ValueError(f"{type(unwrap(model)).__name__} cannot read it: {first_line(error)}") from error
     finally:
         model.train(was_training)
-    if not torch.isfinite(logps[0] - logps[1]).all():
-        return math.inf
-    return float((logps[0] - logps[1]).abs().max())
+    error = float((torch.stack(found) - expected).abs().max())
+    return error if math.isfinite(error) else math.inf
 
 
 @contextmanager
 def in_float32(model: torch.nn.Module):
-    """Inside, weights of 16 bits are float32, and 4-bit layers compute in it; afterwards they are as they were."""
-    held = [*model.parameters(), *model.buffers()]
+    """Inside, weights of 16 bits are float32, 4-bit layers compute in it, and no product is rounded to TF32; afterwards
+    all is as it was. (A weight that is no plain tensor stays: what holds it packed may not give back the same.)"""
+    held = [each for each in (*model.parameters(), *model.buffers()) if type(each.data) is torch.Tensor]
     halves = [(each, each.dtype) for each in held if each.dtype in (torch.bfloat16, torch.float16)]
     layers = [(each, each.compute_dtype) for each in model.modules() if hasattr(each, "compute_dtype")]
+    precision, rounds = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
         for each, _ in halves:
             each.data = each.data.float()
         for layer, _ in layers:
             layer.compute_dtype = torch.float32
         yield
     finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = rounds
         for each, dtype in halves:
             each.data = each.data.to(dtype)
         for layer, dtype in layers:

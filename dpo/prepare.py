@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from dpo import adapters, checkpoint, checks, distributed, files, models, report, sampling
-from dpo.attention import attend_as_before, attend_by_segments
+from dpo.attention import attend_as_before
 from dpo.batches import epoch_windows, moved
 from dpo.build import (
     adapter_config,
@@ -445,17 +445,21 @@ def choose_layout(run: Run) -> str:
         asked = own.layout if own.layout != "plain" else "padded"
     if asked == "padded":
         return asked
-    padded, sides = dataclasses.replace(own, layout="padded"), (run.model, run.reference.ref_model)
-    models_asked = [distributed.unwrap(each) for each in sides if each is not None]
-    tried = checks.rows_of_all_lengths(run.train_rows["length"][:], pictures_of(run.train_rows))
-    rows, why = [run.train_rows[number] for number in tried], []
+    padded, why = dataclasses.replace(own, layout="padded"), []
+    models_asked = [distributed.unwrap(each) for each in (run.model, run.reference.ref_model) if each is not None]
+    rows = rows_for_layouts([run.train_rows, *run.eval_sets.values()])
+    args, longest = run.args, max(rows, key=lambda row: row["length"])
+    sizes = [args.per_device_train_batch_size, args.precompute_ref_batch_size or 0]
+    sizes += [args.per_device_eval_batch_size] if run.eval_sets else []
+    how = {"company": [longest] * max(sizes), "is_quiet": args.disable_dropout and not adapters.drops_out(run.model)}
     for layout in ("prefix_shared", "padding_free") if asked == "auto" else (asked,):
         try:
             if own.decoder_start_ids is not None:
                 raise ValueError("an encoder-decoder reads prompts and completions apart")
-            for model in models_asked:
-                attend_by_segments(model)
-            error = max(checks.layout_error(model, rows, padded, layout) for model in models_asked)
+            error = max(
+                checks.layout_error(model, rows, padded, layout, trains=model is models_asked[0], **how)
+                for model in models_asked
+            )
             if error <= checks.LAYOUT_TOLERANCE:
                 run.collator = dataclasses.replace(own, layout=layout)
                 return f"{layout} (as padded to {error:.0e} nats a token{'; ' if why else ''}{'; '.join(why)})"
@@ -468,6 +472,16 @@ def choose_layout(run: Run) -> str:
         raise UserError(f"{why[0]}: leave out layout {asked}, auto takes one that is exact")
     run.collator = padded
     return f"padded ({'; '.join(why)})"
+
+
+def rows_for_layouts(sets: list[datasets.Dataset]) -> list[dict]:
+    """The rows that layouts are tried on: some of each set, since an evaluation may have longer ones than the training,
+    and one with a prompt of one token, nearest to what stands before it."""
+    rows = [each[i] for each in sets for i in checks.rows_of_all_lengths(each["length"][:], pictures_of(each))]
+    shortest = min(rows, key=lambda row: row["length"])
+    if not shortest.get("pictures"):
+        rows.append({**shortest, "prompt_input_ids": shortest["prompt_input_ids"][-1:]})
+    return rows
 
 
 def plan_epoch(run: Run, epoch: int = 0, *, drop_last: bool | None = None) -> list:

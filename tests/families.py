@@ -14,6 +14,7 @@ import warnings
 from ast import literal_eval
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import yaml
@@ -26,17 +27,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging as transformers_logging
 
 from dpo import report
+from dpo.attention import attend_as_before, attend_by_segments
 from dpo.chat import answer
 from dpo.checks import check_answers
 from dpo.collate import DataCollatorForPreference
 from dpo.config import DPOConfig, UserError
 from dpo.data import prepare_dataset
-from dpo.logprobs import concatenated_forward
+from dpo.logprobs import concatenated_forward, forward_kept_positions, token_logps
 from dpo.loop import train
 from dpo.models import disable_dropout, load_model
+from dpo.prepare import choose_layout
 from dpo.rows import first_line
 
 MOST_PARAMETERS, TOLERANCE = 2e7, 1e-3
+FLAT = "prefix_shared", "padding_free"  # in the order of auto
 VERDICTS = "exact", "exact in training, refused in chat", "wrong", "broken", "refused"
 ABOUT = """# Families of models
 
@@ -117,6 +121,7 @@ kimi_linear: {layer_types: *mixed}
 kolibri1: {layer_types: *windows}
 lfm2: {layer_types: &convolved [conv, full_attention, conv, full_attention], block_multiple_of: 16}
 lfm2_moe: {layer_types: *convolved}
+llama4_text long: { attention_chunk_size: 8192, floor_scale: 256, no_rope_layers: [0, 1, 0, 1]}
 longcat_flash: {zero_expert_num: 2, head_dim: 8}
 mamba2: {num_heads: 8, head_dim: 16}
 mixtral jitter: {router_jitter_noise: 0.01}
@@ -221,6 +226,98 @@ def logps_by_hand(model, rows: list[dict]) -> torch.Tensor:
             logps = logits[len(prompt) - 1 : -1].double().log_softmax(-1)
             sums.append(logps[range(len(completion)), completion].sum())
     return torch.stack(sums)
+
+
+def other_rows() -> list[list[dict]]:
+    """Batches for the flat layouts, other than what they are chosen by: many pairs in company, of which the longest are
+    far longer than any window and the shortest shorter; rankings; and a row alone."""
+    generator = torch.Generator().manual_seed(7)
+
+    def ids(least: int, most: int) -> list[int]:
+        length = int(torch.randint(least, most + 1, (1,), generator=generator))
+        return torch.randint(3, 400, (length,), generator=generator).tolist()
+
+    def rows(count: int, prompt: int, completion: int, rejected: int = 0) -> list[dict]:
+        own = [{"prompt_input_ids": ids(1, prompt), "chosen_input_ids": ids(1, completion)} for _ in range(count)]
+        return [
+            row | {"rejected_input_ids": [ids(1, completion) for _ in range(rejected)] or ids(1, completion)}
+            for row in own
+        ]
+
+    return [rows(8, 40, 24) + rows(4, 3, 3), rows(3, 12, 12, rejected=2), rows(1, 12, 12)]
+
+
+def kept_logps(model, rows: list[dict], layout: str) -> torch.Tensor:
+    """(M,) log-probabilities of all completions' tokens, by sequence, the chosen ones first."""
+    batch = DataCollatorForPreference(0, layout)(rows)
+    return token_logps(forward_kept_positions(model, batch["inputs"])[1], batch["targets"])
+
+
+@torch.no_grad()
+def kept_logps_by_hand(model, rows: list[dict]) -> torch.Tensor:
+    """The same, each sequence alone, in a plain forward pass."""
+    several = [row["rejected_input_ids"] for row in rows]
+    several = [each if isinstance(each[0], list) else [each] for each in several]
+    completions = [[row["chosen_input_ids"] for row in rows], *zip(*several, strict=True)]
+    logps = []
+    for row, completion in ((row, each) for rank in completions for row, each in zip(rows, rank, strict=True)):
+        prompt = row["prompt_input_ids"]
+        logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        logps.append(logits.double().log_softmax(-1)[range(len(completion)), completion])
+    return torch.cat(logps)
+
+
+def gradient(model, rows: list[dict], layout: str) -> dict[str, torch.Tensor]:
+    """Of a sum of log-probabilities, each with a weight of its own."""
+    model.zero_grad()
+    logps = kept_logps(model, rows, layout)
+    (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return gradients
+
+
+def measure_layouts(folder: Path, train_rows: Dataset) -> dict[str, dict]:
+    """Of both flat layouts: what a run would say of it, asked for by name; and whether that is so, by other means, on
+    other rows, alone and in company, in evaluation and training mode, and of gradients."""
+    found, collator = {}, DataCollatorForPreference(0, "padded")
+    for layout in FLAT:
+        row = found[layout] = {}
+        model = load_model(str(folder / "model"))
+        disable_dropout(model.train())
+        run = SimpleNamespace(
+            args=DPOConfig(layout=layout, per_device_train_batch_size=12), collator=collator, model=model
+        )
+        run.__dict__.update(train_rows=train_rows, eval_sets={}, reference=SimpleNamespace(ref_model=None))
+        before = kept_logps(model.eval(), other_rows()[0], "padded").detach()
+        try:
+            row["error"] = float(re.search(r"as padded to (\S+) nats", choose_layout(run))[1])
+            for rows in other_rows():
+                with _as_before(model):
+                    expected = kept_logps_by_hand(model.eval(), rows)
+                for mode in (False, True):
+                    with torch.no_grad():
+                        off = far(kept_logps(model.train(mode), rows, layout).double(), expected)
+                    row["off"] = max(row.get("off", 0.0), off)
+            rows = other_rows()[0]
+            own, expected = (gradient(model, rows, each) for each in (layout, "padded"))
+            largest = max(float(each.abs().max()) for each in expected.values())
+            row["gradient"] = max(
+                far(own[name], value) / max(float(value.abs().max()), 1e-3 * largest)
+                for name, value in expected.items()
+            )
+            row["gradient"] = math.inf if own.keys() != expected.keys() else row["gradient"]
+        except UserError as error:
+            row["refused"] = first_line(error).split(": leave out layout")[0]
+        row["changed"] = far(kept_logps(model.eval(), other_rows()[0], "padded").detach(), before)
+    return found
+
+
+@contextlib.contextmanager
+def _as_before(model):
+    attend_as_before(model)
+    yield
+    attend_by_segments(model)
 
 
 @torch.no_grad()
