@@ -122,8 +122,8 @@ def layout_error(
     is_quiet: bool,
 ) -> float:
     """The largest difference, in nats of a token, between log-probabilities in a flat layout and in the padded one,
-    computed in float32 whatever the model's dtype: what remains is what the family does with the layout. It is left as
-    `attention.attend_by_segments` has it, with which padded batches must give what they did, too.
+    computed in float32 whatever the model's dtype: what remains is what the family does with the layout. The model is
+    left as `attention.attend_by_segments` has it, with which padded batches must give what they did, too.
 
     Args: rows, tokenised, longer than its windows; company, what stands before them in the flat row only, so much that
     no batch is longer: some families count a row's tokens (Llama 4); trains, whether to try training mode, too, and
@@ -145,7 +145,7 @@ def layout_error(
         return token_logps(logits, batch["targets"])
 
     try:
-        with in_float32(model), torch.autocast(device.type, enabled=False), torch.random.fork_rng():
+        with in_float32(model), torch.autocast(device.type, enabled=False), torch.random.fork_rng(), no_zeros(model):
             attend_as_before(model.eval())
             expected = logps(padded)
             attend_by_segments(model)
@@ -185,6 +185,19 @@ def in_float32(model: torch.nn.Module):
             each.data = each.data.to(dtype)
         for layer, dtype in layers:
             layer.compute_dtype = dtype
+
+
+@contextmanager
+def no_zeros(model: torch.nn.Module):
+    """Inside, weights that are all zero, as new parts begin, are small random numbers: what they will do shows, too."""
+    zeros = [each for each in model.parameters() if each.is_floating_point() and not each.is_meta and not each.any()]
+    try:
+        for each in zeros:
+            each.normal_(std=0.02)
+        yield
+    finally:
+        for each in zeros:
+            each.zero_()
 
 
 def in_words(values: torch.Tensor) -> str:

@@ -477,7 +477,11 @@ def choose_layout(run: Run) -> str:
 def rows_for_layouts(sets: list[datasets.Dataset]) -> list[dict]:
     """The rows that layouts are tried on: some of each set, since an evaluation may have longer ones than the training,
     and one with a prompt of one token, nearest to what stands before it."""
-    rows = [each[i] for each in sets for i in checks.rows_of_all_lengths(each["length"][:], pictures_of(each))]
+    rows = [
+        each[i] | {"scored": []}
+        for each in sets
+        for i in checks.rows_of_all_lengths(each["length"][:], pictures_of(each))
+    ]
     shortest = min(rows, key=lambda row: row["length"])
     if not shortest.get("pictures"):
         rows.append({**shortest, "prompt_input_ids": shortest["prompt_input_ids"][-1:]})

@@ -106,6 +106,8 @@ def see(family: str):
         pictures = transformers.Gemma3ImageProcessor(size=square)
         processor = transformers.Gemma3Processor(pictures, tokenizer, image_seq_length=4)
         model = transformers.Gemma3ForConditionalGeneration(config)
+        projector = model.model.multi_modal_projector.mm_input_projection_weight  # zeros: all pictures would look alike
+        projector.data = 0.2 * torch.randn_like(projector)
     processor.chat_template = TEMPLATE.replace("PLACE", PLACES[family])
     return model, processor
 
