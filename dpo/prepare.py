@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import hashlib
 import inspect
+import itertools
 import logging
 import math
 from collections.abc import Callable
@@ -448,18 +449,21 @@ def choose_layout(run: Run) -> str:
     padded, why = dataclasses.replace(own, layout="padded"), []
     models_asked = [distributed.unwrap(each) for each in (run.model, run.reference.ref_model) if each is not None]
     rows = rows_for_layouts([run.train_rows, *run.eval_sets.values()])
-    args, longest = run.args, max(rows, key=lambda row: row["length"])
-    sizes = [args.per_device_train_batch_size, args.precompute_ref_batch_size or 0]
+    args, sizes = run.args, [run.args.per_device_train_batch_size, run.args.precompute_ref_batch_size or 0]
     sizes += [args.per_device_eval_batch_size] if run.eval_sets else []
-    how = {"company": [longest] * max(sizes), "is_quiet": args.disable_dropout and not adapters.drops_out(run.model)}
+    is_quiet = args.disable_dropout and not adapters.drops_out(run.model)
+    # The smallest first: a family that counts positions by itself has none in its table for the end of a long row, and
+    # looking there ends a process that is on a GPU.
+    tries = (rows[:1], []), (rows, [rows[-1]] * max(sizes))
     for layout in ("prefix_shared", "padding_free") if asked == "auto" else (asked,):
         try:
             if own.decoder_start_ids is not None:
                 raise ValueError("an encoder-decoder reads prompts and completions apart")
-            error = max(
-                checks.layout_error(model, rows, padded, layout, trains=model is models_asked[0], **how)
-                for model in models_asked
-            )
+            error = 0.0
+            for (tried, company), model in itertools.product(tries, models_asked):
+                if error <= checks.LAYOUT_TOLERANCE:
+                    how = {"company": company, "trains": model is models_asked[0], "is_quiet": is_quiet}
+                    error = max(error, checks.layout_error(model, tried, padded, layout, **how))
             if error <= checks.LAYOUT_TOLERANCE:
                 run.collator = dataclasses.replace(own, layout=layout)
                 return f"{layout} (as padded to {error:.0e} nats a token{'; ' if why else ''}{'; '.join(why)})"
@@ -475,17 +479,12 @@ def choose_layout(run: Run) -> str:
 
 
 def rows_for_layouts(sets: list[datasets.Dataset]) -> list[dict]:
-    """The rows that layouts are tried on: some of each set, since an evaluation may have longer ones than the training,
-    and one with a prompt of one token, nearest to what stands before it."""
-    rows = [
-        each[i] | {"scored": []}
-        for each in sets
-        for i in checks.rows_of_all_lengths(each["length"][:], pictures_of(each))
-    ]
-    shortest = min(rows, key=lambda row: row["length"])
-    if not shortest.get("pictures"):
-        rows.append({**shortest, "prompt_input_ids": shortest["prompt_input_ids"][-1:]})
-    return rows
+    """The rows that layouts are tried on, by length: some of each set, since an evaluation may have longer ones than
+    the training, and before them the shortest with a prompt of one token, nearest to what stands before it."""
+    tried = [(rows, i) for rows in sets for i in checks.rows_of_all_lengths(rows["length"][:], pictures_of(rows))]
+    rows = sorted((rows[i] | {"scored": []} for rows, i in tried), key=lambda row: row["length"])
+    cut = {**rows[0], "prompt_input_ids": rows[0]["prompt_input_ids"][-1:]}
+    return rows if rows[0].get("pictures") else [cut, *rows]
 
 
 def plan_epoch(run: Run, epoch: int = 0, *, drop_last: bool | None = None) -> list:

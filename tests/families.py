@@ -217,7 +217,7 @@ def make(kind: str, folder: Path) -> None:
 
 
 def far(values: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((values - expected).abs().max())
+    return float((values - expected).detach().abs().max())
 
 
 @torch.no_grad()
@@ -309,7 +309,7 @@ def measure_layouts(model, train_rows: Dataset) -> dict[str, dict]:
         attend_by_segments(model)
         for layout in (layout for layout, row in found.items() if "error" in row):
             off = [
-                far(scored(model.train(mode), rows, layout).detach().double(), each)
+                far(scored(model.train(mode), rows, layout).double(), each)
                 for rows, each in zip(batches, by_hand, strict=True)
                 for mode in (False, True)
             ]
@@ -319,9 +319,8 @@ def measure_layouts(model, train_rows: Dataset) -> dict[str, dict]:
                 far(own[name], each) / max(float(each.abs().max()), 1e-3 * largest) for name, each in expected.items()
             ]
             found[layout] |= {"off": max(off), "gradient": max(change) if own.keys() == expected.keys() else math.inf}
-    for row in found.values():
-        row["changed"] = far(scored(model.eval(), batches[0], "padded"), before)
-    return found
+    changed = far(scored(model.eval(), batches[0], "padded"), before)
+    return {layout: row | {"changed": changed} for layout, row in found.items()}
 
 
 @torch.no_grad()
