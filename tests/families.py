@@ -60,7 +60,9 @@ Windows, chunks and sparse selections are shorter than the texts, so they matter
   each sequence alone, on other rows, pairs and rankings of up to 64 tokens, alone and in company, in both modes
   (at most {off:.0e}; gradients differ from padded's by at most {gradient:.0e} of them). Else by how much it differed
   from padded when the run began (at least {least:.2g}), or that the model cannot read it: it is refused, and auto is
-  padded. {layouts}: silently wrong would be a layout that is taken and differs by 0.001.
+  padded. Silently wrong would be a layout that is taken and differs by 0.001.
+
+{layouts}.
 
 What is 0.001 or more is bold.
 """

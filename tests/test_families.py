@@ -427,7 +427,21 @@ def test_a_model_that_reads_flat_rows_does_all_else_as_before(kind):
         assert all(torch.equal(*pair) for pair in zip(outputs[0], output, strict=True))
 
 
-def test_a_try_leaves_the_model_as_it_was(tmp_path):
+def test_a_flat_layout_must_leave_padded_batches_alone(monkeypatch, tmp_path):
+    """Here a layer's eager attention is not the one of that name beside it: sampling would go through the other."""
+
+    class Mine(transformers.models.llama.modeling_llama.LlamaAttention):
+        __module__ = "elsewhere"
+
+    other = SimpleNamespace(eager_attention_forward=lambda _, query, *__, **___: (query.transpose(1, 2), None))
+    monkeypatch.setitem(sys.modules, "elsewhere", other)
+    model = make_model(attn_implementation="eager")
+    model.model.layers[0].self_attn.__class__ = Mine
+    run_ = start(tmp_path, model, ROWS, max_steps=1)
+    assert run_.layout.startswith("padded (prefix_shared differs") and model.config._attn_implementation == "eager"
+
+
+def test_a_try_leaves_the_model_as_it_was():
     """In 16 bits, tied, with zeros and a parametrisation: every bit, and how products are rounded."""
     model = make_model(tie_word_embeddings=True)
     torch.nn.init.zeros_(model.model.layers[0].self_attn.o_proj.weight)
