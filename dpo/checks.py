@@ -18,7 +18,9 @@ from dpo.reference import without_aux_loss
 from dpo.rows import first_line
 from dpo.sampling import prompts_of
 
-LAYOUT_TOLERANCE = 1e-4  # nats a token, in float32
+# Nats a token, in float32. Of 189 small families the exact ones differ by 2e-5 at most, a window that is one key too
+# wide by 3e-3. Deep models have more noise.
+LAYOUT_TOLERANCE = 1e-4
 
 
 def rows_to_try(lengths: list[int], pictures: list[int]) -> list[tuple[int, set[int]]]:
