@@ -17,6 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PREFIX = "segments_else_"  # of the registered names: what follows is the attention of all other batches
+KNOWN = "s_aux", "position_ids"  # of the tensors that an attention function may be given
 
 
 def attend_by_segments(model: torch.nn.Module) -> None:
@@ -55,13 +56,17 @@ def attend(module, query, key, value, attention_mask, *, otherwise: str, scaling
     Returns: ((B, U, H, D), None).
     """
     if attention_mask is None or attention_mask.ndim != 4 or attention_mask.dtype != torch.int64:
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        files = [sys.modules[kind.__module__] for kind in type(module).__mro__]
+        eager = next((f for file in files if (f := getattr(file, "eager_attention_forward", None))), None)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(otherwise, eager)
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if dropout:
         raise ValueError("attention over segments has no dropout: set disable_dropout")
+    if others := [name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in KNOWN]:
+        raise ValueError(f"attention over segments has no {others[0]}")  # which may be zero so far
     segments = tuple(map(tuple, attention_mask[0, 0].tolist()))
-    window, softcap, sinks = (kwargs.get(name) for name in ("sliding_window", "softcap", "s_aux"))
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and softcap is None and sinks is None:
         return attend_varlen(query, key, value, segments, scale=scaling, window=window), None
     lengths = [length for length, _, _ in segments]

@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from dpo import adapters, checkpoint, checks, distributed, files, models, report, sampling
-from dpo.attention import attend_as_before, attend_by_segments
 from dpo.batches import epoch_windows, moved
 from dpo.build import (
     adapter_config,
@@ -444,33 +443,26 @@ def choose_layout(run: Run) -> str:
         asked = own.layout if own.layout != "plain" else "padded"
     if asked == "padded":
         return asked
-    padded, sides = dataclasses.replace(own, layout="padded"), (run.model, run.reference.ref_model)
-    models_asked = [distributed.unwrap(each) for each in sides if each is not None]
-    tried = checks.rows_of_all_lengths(run.train_rows["length"][:], pictures_of(run.train_rows))
-    rows, why = [run.train_rows[number] for number in tried], []
-    for layout in ("prefix_shared", "padding_free") if asked == "auto" else (asked,):
-        try:
-            if own.decoder_start_ids is not None:
-                raise ValueError("an encoder-decoder reads prompts and completions apart")
-            for model in models_asked:
-                attend_by_segments(model)
-            errors = [
-                checks.layout_error(model, rows, padded, layout, trains=model is models_asked[0])
-                for model in models_asked
-            ]
-            error = max(errors)
-            if error <= checks.TOLERANCE:
-                run.collator = dataclasses.replace(own, layout=layout)
-                return f"{layout} (as padded to {error:.0e} nats a token{'; ' if why else ''}{'; '.join(why)})"
-            why.append(f"{layout} differs from padded by {error:.2g} nats a token")
-        except ValueError as error:
-            why.append(f"{layout}: {error}")
-    for model in models_asked:
-        attend_as_before(model)
-    if asked != "auto":
-        raise UserError(f"{why[0]}: leave out layout {asked}, auto takes one that is exact")
-    run.collator = padded
-    return f"padded ({'; '.join(why)})"
+    layout, words = None, "flat layouts: an encoder-decoder reads prompts and completions apart"
+    if own.decoder_start_ids is None:
+        layout, words = checks.first_exact_layout(
+            [each for each in (run.model, run.reference.ref_model) if each is not None],
+            dataclasses.replace(own, layout="padded"),
+            ("prefix_shared", "padding_free") if asked == "auto" else (asked,),
+            rows_for_layouts([run.train_rows, *run.eval_sets.values()]),
+            batch_size=largest_batch(run.args),
+            is_quiet=run.args.disable_dropout and not adapters.drops_out(run.model),
+        )
+    if layout is None and asked != "auto":
+        raise UserError(f"{words}: leave out layout {asked}, auto takes one that is exact")
+    run.collator = dataclasses.replace(own, layout=layout or "padded")
+    return f"{run.collator.layout} ({words})"
+
+
+def largest_batch(args: DPOConfig) -> int:
+    """The most rows that one forward pass may have."""
+    evaluates = args.per_device_eval_batch_size if args.eval_strategy != "no" else 0
+    return max(args.per_device_train_batch_size, args.precompute_ref_batch_size or 0, evaluates)
 
 
 def choose_head(run: Run) -> None:
@@ -501,6 +493,15 @@ def tokens_read(run: Run) -> Callable[[list[int]], int]:
         return sum(len(own) for _, own in rows) * max((prompt + max(own) for prompt, own in rows), default=0)
 
     return count
+
+
+def rows_for_layouts(sets: list[datasets.Dataset]) -> list[dict]:
+    """The rows that layouts are tried on, by length: some of each set, since an evaluation may have longer ones than
+    the training, and before them the shortest with a prompt of one token, nearest to what stands before it."""
+    tried = [(rows, i) for rows in sets for i in checks.rows_of_all_lengths(rows["length"][:], pictures_of(rows))]
+    rows = sorted((rows[i] | {"scored": []} for rows, i in tried), key=lambda row: row["length"])
+    cut = {**rows[0], "prompt_input_ids": rows[0]["prompt_input_ids"][-1:]}
+    return rows if rows[0].get("pictures") else [cut, *rows]
 
 
 def plan_epoch(run: Run, epoch: int = 0, *, drop_last: bool | None = None) -> list:

@@ -14,6 +14,7 @@ import warnings
 from ast import literal_eval
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import yaml
@@ -26,17 +27,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils import logging as transformers_logging
 
 from dpo import report
+from dpo.attention import attend_as_before, attend_by_segments
 from dpo.chat import answer
 from dpo.checks import check_answers
 from dpo.collate import DataCollatorForPreference
 from dpo.config import DPOConfig, UserError
 from dpo.data import prepare_dataset
-from dpo.logprobs import concatenated_forward
+from dpo.logprobs import concatenated_forward, forward_kept_positions, token_logps
 from dpo.loop import train
 from dpo.models import disable_dropout, load_model
+from dpo.prepare import choose_layout
 from dpo.rows import first_line
 
 MOST_PARAMETERS, TOLERANCE = 2e7, 1e-3
+FLAT = "prefix_shared", "padding_free"  # in the order of auto
 VERDICTS = "exact", "exact in training, refused in chat", "wrong", "broken", "refused"
 ABOUT = """# Families of models
 
@@ -52,10 +56,18 @@ Windows, chunks and sparse selections are shorter than the texts, so they matter
   images, of cross-attention and of what only selects (indexers, experts' biases) have no gradient here.
 - reloaded: the log-probabilities of the saved model against those of the trained one.
 - chat: those that generating with a cache saw at 8 tokens, against one plain pass over all of them.
+- prefix_shared, padding_free: where a run takes the layout, how far it then is in nats a token from plain passes over
+  each sequence alone, on other rows, pairs and rankings of up to 64 tokens, alone and in company, in both modes
+  (at most {off:.0e}; gradients differ from padded's by at most {gradient:.0e} of them). Else by how much it differed
+  from padded when the run began (at least {least:.2g}), or that the model cannot read it: it is refused, and auto is
+  padded. Silently wrong would be a layout that is taken and differs by 0.001.
+
+{layouts}.
 
 What is 0.001 or more is bold.
 """
-HEADER = "| model_type | class | what is special | difference | trained | reloaded | chat |\n" + "|---" * 7 + "|"
+COLUMNS = "model_type", "class", "what is special", "difference", "trained", "reloaded", "chat", *FLAT
+HEADER = f"| {' | '.join(COLUMNS)} |\n" + "|---" * len(COLUMNS) + "|"
 
 # What a small model has, by the names that configurations have for it. Windows and chunks are shorter than the texts.
 SIZES = """
@@ -117,6 +129,7 @@ kimi_linear: {layer_types: *mixed}
 kolibri1: {layer_types: *windows}
 lfm2: {layer_types: &convolved [conv, full_attention, conv, full_attention], block_multiple_of: 16}
 lfm2_moe: {layer_types: *convolved}
+llama4_text long: { attention_chunk_size: 8192, floor_scale: 256, no_rope_layers: [0, 1, 0, 1]}
 longcat_flash: {zero_expert_num: 2, head_dim: 8}
 mamba2: {num_heads: 8, head_dim: 16}
 mixtral jitter: {router_jitter_noise: 0.01}
@@ -179,8 +192,8 @@ def special(model) -> str:
     return ", ".join(words) or "dense"
 
 
-def make(kind: str, folder: Path) -> None:
-    """Leaves a small random model of a kind and its tokenizer in a folder, as users have them (with its eyes)."""
+def build(kind: str):
+    """A small random model of a kind (with its eyes), whose weights are neither even nor zero."""
     config = small(kind)
     auto = AutoModelForImageTextToText if type(config) in WITH_IMAGES else AutoModelForCausalLM
     with torch.device("meta"):
@@ -196,12 +209,17 @@ def make(kind: str, folder: Path) -> None:
                 parameter.add_(0.1 * torch.randn_like(parameter))
             elif spread < 0.2:
                 parameter.mul_(0.2 / spread)
-    model.save_pretrained(folder)
+    return model
+
+
+def make(kind: str, folder: Path) -> None:
+    """Leaves a model of a kind and its tokenizer in a folder, as users have them."""
+    build(kind).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
 
 
 def far(values: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((values - expected).abs().max())
+    return float((values - expected).detach().abs().max())
 
 
 @torch.no_grad()
@@ -221,6 +239,90 @@ def logps_by_hand(model, rows: list[dict]) -> torch.Tensor:
             logps = logits[len(prompt) - 1 : -1].double().log_softmax(-1)
             sums.append(logps[range(len(completion)), completion].sum())
     return torch.stack(sums)
+
+
+def other_rows() -> list[list[dict]]:
+    """Batches for the flat layouts, other than what they are chosen by: many pairs in company, of which the longest are
+    far longer than any window and the shortest shorter; rankings; and a row alone."""
+    generator = torch.Generator().manual_seed(7)
+
+    def ids(least: int, most: int) -> list[int]:
+        length = int(torch.randint(least, most + 1, (1,), generator=generator))
+        return torch.randint(3, 400, (length,), generator=generator).tolist()
+
+    def rows(count: int, prompt: int, completion: int, rejected: int = 0) -> list[dict]:
+        own = [{"prompt_input_ids": ids(1, prompt), "chosen_input_ids": ids(1, completion)} for _ in range(count)]
+        return [
+            row | {"rejected_input_ids": [ids(1, completion) for _ in range(rejected)] or ids(1, completion)}
+            for row in own
+        ]
+
+    return [rows(8, 40, 24) + rows(4, 3, 3), rows(3, 12, 12, rejected=2), rows(1, 12, 12)]
+
+
+def scored(model, rows: list[dict], layout: str) -> torch.Tensor:
+    """(M,) log-probabilities of all completions' tokens, by sequence, the chosen ones first."""
+    batch = DataCollatorForPreference(0, layout)(rows)
+    return token_logps(forward_kept_positions(model, batch["inputs"])[1], batch["targets"])
+
+
+@torch.no_grad()
+def logps_of_tokens(model, rows: list[dict]) -> torch.Tensor:
+    """The same, each sequence alone, in a plain forward pass."""
+    several = [row["rejected_input_ids"] for row in rows]
+    several = [each if isinstance(each[0], list) else [each] for each in several]
+    completions = [[row["chosen_input_ids"] for row in rows], *zip(*several, strict=True)]
+    logps = []
+    for row, completion in ((row, each) for rank in completions for row, each in zip(rows, rank, strict=True)):
+        prompt = row["prompt_input_ids"]
+        logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        logps.append(logits.double().log_softmax(-1)[range(len(completion)), completion])
+    return torch.cat(logps)
+
+
+def gradient(model, rows: list[dict], layout: str) -> dict[str, torch.Tensor]:
+    """Of a sum of log-probabilities, each with a weight of its own."""
+    model.zero_grad()
+    logps = scored(model, rows, layout)
+    (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return gradients
+
+
+def measure_layouts(model, train_rows: Dataset) -> dict[str, dict]:
+    """Of both flat layouts: what a run would say of it, asked for by name; and whether that is so, by other means, on
+    other rows, alone and in company, in evaluation and training mode, and of gradients."""
+    disable_dropout(model)
+    batches, found = other_rows(), {layout: {} for layout in FLAT}
+    before = scored(model.eval(), batches[0], "padded").detach()
+    for layout, row in found.items():
+        args = DPOConfig(layout=layout, per_device_train_batch_size=len(batches[0]))
+        run = SimpleNamespace(args=args, model=model, reference=SimpleNamespace(ref_model=None), eval_sets={})
+        run.train_rows, run.collator = train_rows, DataCollatorForPreference(0, "padded")
+        try:
+            row["error"] = float(re.search(r"as padded to (\S+) nats", choose_layout(run))[1])
+        except UserError as error:
+            row["refused"] = first_line(error).split(": leave out layout")[0]
+        attend_as_before(model)
+    if any("error" in row for row in found.values()):
+        by_hand = [logps_of_tokens(model.eval(), rows) for rows in batches]
+        expected = gradient(model, batches[0], "padded")
+        attend_by_segments(model)
+        for layout in (layout for layout, row in found.items() if "error" in row):
+            off = [
+                far(scored(model.train(mode), rows, layout).double(), each)
+                for rows, each in zip(batches, by_hand, strict=True)
+                for mode in (False, True)
+            ]
+            own = gradient(model, batches[0], layout)
+            largest = max(float(each.abs().max()) for each in expected.values())
+            change = [
+                far(own[name], each) / max(float(each.abs().max()), 1e-3 * largest) for name, each in expected.items()
+            ]
+            found[layout] |= {"off": max(off), "gradient": max(change) if own.keys() == expected.keys() else math.inf}
+    changed = far(scored(model.eval(), batches[0], "padded"), before)
+    return {layout: row | {"changed": changed} for layout, row in found.items()}
 
 
 @torch.no_grad()
@@ -260,10 +362,14 @@ def measure(kind: str, folder: Path, row: dict) -> None:
         row["error"] = error
 
     options = {"max_steps": 2, "learning_rate": 1e-3, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True}
-    args = DPOConfig(output_dir=str(folder / "out"), per_device_train_batch_size=4, **options)
-    run = train(str(folder / "model"), args=args, train_dataset=make_rows(8, seed=1, conversational=True))
+    args = DPOConfig(output_dir=str(folder / "out"), per_device_train_batch_size=12, **options)
+    run = train(str(folder / "model"), args=args, train_dataset=make_rows(12, seed=1, conversational=True))
     if "error" in row:
         return
+    row["layouts"] = measure_layouts(load_model(str(folder / "model")), run.train_rows)
+    exact = [layout for layout, found in row["layouts"].items() if "error" in found]
+    row["layout"] = run.layout.split()[0]
+    assert row["layout"] == (exact or ["padded"])[0], (run.layout, row["layouts"])
     row["loss"] = run.rows[0]["loss"]
     row["moved"] = sum(not torch.equal(p, before[name]) for name, p in run.model.named_parameters())
     row["parameters"] = len(before)
@@ -283,11 +389,25 @@ def number(value: float | None) -> str:
     return f"{value:.0e}" if value < TOLERANCE else f"**{value:.2g}**"
 
 
+def is_silently_wrong(found: dict) -> bool:
+    """Whether a layout that a run takes gives something else than padded; and the model afterwards, in padded."""
+    return "error" in found and max(found["off"], found["changed"], 0.1 * found["gradient"]) >= TOLERANCE
+
+
+def layout_in_words(found: dict) -> str:
+    if "error" in found:
+        wrong = is_silently_wrong(found)
+        return f"**silently wrong: {found['off']:.2g}, {found['gradient']:.2g}**" if wrong else number(found["off"])
+    by = re.search(r"differs from padded by (\S+)", found["refused"])
+    return f"differs by {by[1]}" if by else "cannot"
+
+
 def verdict(row: dict) -> str:
     """What became of a kind: untried, refused (in chat), broken (a traceback), wrong, or exact."""
     if "untried" in row or "error" in row:
         return "untried" if "untried" in row else "refused" if isinstance(row["error"], UserError) else "broken"
     off = row["difference"], row["reloaded"], row.get("generated", 0), abs(row["loss"] - math.log(2))
+    off += tuple(math.inf for layout in row["layouts"].values() if is_silently_wrong(layout))
     if not (all(value < TOLERANCE for value in off) and row["moved"] and row.get("answers", True)):
         return "wrong"
     return "exact in training, refused in chat" if "speechless" in row else "exact"
@@ -303,7 +423,23 @@ def cells(kind: str, row: dict) -> list[str]:
     else:
         chat = number(row["generated"]) + ("" if row["answers"] else ", **another text**")
     found = [f"`{kind.split()[0]}`{kind.removeprefix(kind.split()[0])}", row.get("class", ""), row.get("special", "")]
-    return [*found, number(row.get("difference")), trained, number(row.get("reloaded")), chat.replace("|", "\\|")]
+    layouts = [layout_in_words(row["layouts"][layout]) if "layouts" in row else "" for layout in FLAT]
+    own = [number(row.get("difference")), trained, number(row.get("reloaded")), chat.replace("|", "\\|")]
+    return [*found, *own, *layouts]
+
+
+def of_layouts(rows: dict[str, dict]) -> dict:
+    """What the page says of all families' layouts together."""
+    tried = [(layout, found) for row in rows.values() for layout, found in row.get("layouts", {}).items()]
+    exact = [found for _, found in tried if "error" in found]
+    differ = [float(by[1]) for _, found in tried if (by := re.search(r"by (\S+) nats", found.get("refused", "")))]
+    words = []
+    for layout in FLAT:
+        own = [found for name, found in tried if name == layout]
+        taken, wrong = sum("error" in found for found in own), sum(map(is_silently_wrong, own))
+        words.append(f"{layout}: {taken - wrong} exact, {len(own) - taken} refused, {wrong} silently wrong")
+    most = {key: max((found[key] for found in exact), default=0.0) for key in ("off", "gradient")}
+    return {**most, "least": min(differ, default=math.nan), "layouts": "; ".join(words)}
 
 
 def page(rows: dict[str, dict]) -> str:
@@ -313,7 +449,8 @@ def page(rows: dict[str, dict]) -> str:
     lines = [f"| {' | '.join(cells(kind, row))} |" for kind, row in rows.items() if verdicts[kind] != "untried"]
     untried = "; ".join(f"{kind} ({row['untried']})" for kind, row in rows.items() if verdicts[kind] == "untried")
     versions = f"torch {torch.__version__}, transformers {__version__}"
-    return "\n".join([ABOUT.format(counts=counts, versions=versions), HEADER, *lines, "", f"Not tried: {untried}.", ""])
+    about = ABOUT.format(counts=counts, versions=versions, **of_layouts(rows))
+    return "\n".join([about, HEADER, *lines, "", f"Not tried: {untried}.", ""])
 
 
 def main(kinds: list[str]) -> None:
@@ -333,6 +470,7 @@ def main(kinds: list[str]) -> None:
                 rows[kind]["error"] = error
         what = rows[kind].get("untried") or " | ".join(cells(kind, rows[kind])[1:])
         print(f"{verdict(rows[kind]):8s} {kind} ({time.perf_counter() - started:.1f} s): {what}", flush=True)
+    print(of_layouts(rows))
     if not kinds:
         (ROOT / "tutorials" / "families.md").write_text(page(rows), encoding="utf-8")
 

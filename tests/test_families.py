@@ -6,14 +6,15 @@ import math
 import sys
 from types import SimpleNamespace
 
+import families
 import pytest
 import safetensors.torch
 import torch
 import transformers
 from conftest import curve, make_model, make_rows, make_tokenizer, run, start, weights
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 
-from dpo import chat, checks, sampling
+from dpo import attention, chat, checks, prepare, sampling
 from dpo.collate import DataCollatorForPreference, decoder_start_ids, encoder_decoder_batch
 from dpo.config import UserError
 from dpo.data import prepare_dataset, truncate_row
@@ -297,6 +298,171 @@ def test_a_processor_that_the_caller_changed_is_the_one_that_is_used_and_saved(t
     assert tokenizer.decode(run_.train_rows[0]["prompt_input_ids"]).startswith("user: ")
     saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
     assert saved.chat_template == tokenizer.chat_template
+
+
+# -------------------------------------------------------------------------------------------------------- flat layouts
+
+# Windows, soft-capping, sinks, latent attention with heads of two sizes, learned positions, shared keys and values.
+TAKEN = "llama mistral gemma2 gemma3_text gemma3n_text gpt_oss qwen2_moe cohere2 deepseek_v3 opt".split()
+LEFT = {  # kinds whose flat layouts are refused, and why
+    "mamba": "cannot read it",
+    "bloom": "cannot read it",
+    "lfm2": "differs from padded by",
+    "qwen3_next": "differs from padded by",
+    "bart": "differs from padded by",
+    "llama4_text": "differs from padded by",
+    "llama4_text long": "differs from padded by",  # counts the tokens of a row: seen beside as many as a batch can have
+    "inkling_text": "attention over segments has no position_bias",
+}
+
+
+@pytest.mark.parametrize("kind", [*TAKEN, *LEFT])
+def test_a_flat_layout_is_exact_or_refused(kind):
+    """Exact on other rows than it is chosen by, pairs and rankings, alone and in company; and so are its gradients."""
+    rows = prepared(make_rows(8, seed=1, conversational=True))
+    for layout, found in families.measure_layouts(families.build(kind), rows).items():
+        assert not families.is_silently_wrong(found)
+        if kind in LEFT:
+            assert found["refused"].startswith(layout) and LEFT[kind] in found["refused"]
+        else:
+            assert found["off"] < 5e-5 and found["gradient"] < 1e-3 and found["changed"] == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba", "lfm2"])
+def test_auto_takes_what_is_exact_and_says_why_not(kind, tmp_path):
+    model = families.build(kind)
+    run_ = start(tmp_path / "run", copy.deepcopy(model), ROWS, max_steps=2)
+    assert run_.layout.startswith("prefix_shared (as padded to " if kind == "llama" else "padded (prefix_shared")
+    assert kind == "llama" or "; padding_free" in run_.layout
+    plain = start(tmp_path / "plain", copy.deepcopy(model), ROWS, max_steps=2, layout="padded")
+    assert plain.layout == "padded" and curve(run_) == pytest.approx(curve(plain), abs=1e-5)
+    for layout in families.FLAT if kind != "llama" else ():
+        with pytest.raises(UserError, match=rf"^{layout}.* {LEFT[kind]}.*: leave out layout {layout}, auto takes one"):
+            start(tmp_path / "no", copy.deepcopy(model), ROWS, layout=layout)
+
+
+def test_a_window_that_only_rows_of_the_evaluation_exceed_counts(tmp_path):
+    """In this family a layer's window is in the mask alone."""
+    model = families.build("llama4_text")
+    model.config.attention_chunk_size = 24
+    long = [{**row, "chosen": row["chosen"] + " now" * 24} for row in ROWS[:3]]
+    run_ = start(tmp_path / "a", copy.deepcopy(model), ROWS, max_steps=1)
+    assert max(run_.train_rows["length"]) <= 24 and run_.layout.startswith("prefix_shared")
+    run_ = start(tmp_path / "b", copy.deepcopy(model), ROWS, long, max_steps=1, eval_strategy="steps")
+    assert run_.layout.startswith("padded (prefix_shared differs")
+
+
+def test_layouts_are_tried_where_a_leak_would_be_largest():
+    """On rows of each set, the shortest once more with a prompt of one token, whose neighbour is another sequence."""
+    sets = [prepared(make_rows(9, seed=seed)) for seed in (1, 2)]
+    cut, *rows = prepare.rows_for_layouts(sets)
+    lengths = [row["length"] for row in rows]
+    assert len(rows) == 6 and lengths == sorted(lengths) and len(cut["prompt_input_ids"]) == 1
+    assert all(most(each["length"]) in lengths for each in sets for most in (min, max))
+
+
+def test_a_family_that_counts_positions_itself_is_refused_before_a_long_row_is_tried():
+    """On a GPU a position that its table lacks would end the process."""
+    read, model = [], families.build("bart")
+    model.register_forward_pre_hook(lambda _, __, inputs: read.append(inputs["input_ids"].shape), with_kwargs=True)
+    found = families.measure_layouts(model, prepared(make_rows(8, seed=1)))
+    assert all("differs from padded by" in each["refused"] for each in found.values())
+    flat = [tokens for rows, tokens in read if rows == 1]
+    assert len(flat) == 4 and max(flat) < 32
+
+
+REFUSED = {  # what keeps a Llama from the flat layouts: (a model, options, the reason)
+    "dropout": (lambda: make_model(attention_dropout=0.1), {"disable_dropout": False}, "segments has no dropout"),
+    "load balance": (lambda: build(MIXTURES["mixtral"]()), {"output_router_logits": True}, "load balance"),
+    "reference": (make_model, {"ref_model": lambda: families.build("mamba")}, "MambaForCausalLM cannot read it"),
+    "prefix": (
+        lambda: get_peft_model(make_model(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)),
+        {},
+        "PeftModelForCausalLM cannot read it",
+    ),
+    "no transformers": (lambda: Own(), {}, "it is no model of transformers"),
+    "wrapped": (lambda: Wrapped(make_model()), {}, "unexpected keyword argument 'position_ids'"),
+    "encoder-decoder": (lambda: build(APART["t5"]()), {}, "an encoder-decoder reads prompts and completions apart"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_is_not_for_flat_layouts_is_trained_padded(why, tmp_path):
+    model, options, words = REFUSED[why]
+    options = {name: value() if name == "ref_model" else value for name, value in options.items()}
+    run_ = start(tmp_path / "a", model(), ROWS, max_steps=1, **options)
+    assert (
+        run_.layout.startswith(("padded (prefix_shared", "padded (flat layouts: an encoder-decoder"))
+        and words in run_.layout
+    )
+    with pytest.raises(UserError, match=f"^padding_free: .*{words}"):
+        start(tmp_path / "b", model(), ROWS, max_steps=1, layout="padding_free", **options)
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_a_model_that_reads_flat_rows_does_all_else_as_before(kind):
+    """It generates, reads padded batches and saves as it did, and so does another with the same configuration; a layer
+    that its caller subclassed finds its eager attention."""
+
+    class Mine(transformers.models.llama.modeling_llama.LlamaAttention):
+        pass
+
+    model = make_model(attn_implementation=kind)
+    other = transformers.LlamaForCausalLM(model.config).eval()
+    model.model.layers[0].self_attn.__class__ = Mine
+    ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
+    mask, outputs = (ids > 0).long(), []
+    for change in (
+        lambda _: None,
+        attention.attend_by_segments,
+        attention.attend_by_segments,
+        attention.attend_as_before,
+    ):
+        change(model)
+        told = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        made = model.generate(input_ids=ids, attention_mask=mask, pad_token_id=0, **told)
+        with torch.no_grad():
+            logits = [each(input_ids=ids.flip(1), attention_mask=mask.flip(1)).logits for each in (model, other)]
+        outputs.append([*made.logits, *logits])
+        assert "segments" not in str(model.config.to_dict()) and "segments" not in model.config.to_json_string()
+    assert model.config._attn_implementation == kind
+    for output in outputs[1:]:
+        assert all(torch.equal(*pair) for pair in zip(outputs[0], output, strict=True))
+
+
+def test_a_flat_layout_must_leave_padded_batches_alone(monkeypatch, tmp_path):
+    """Here a layer's eager attention is not the one of that name beside it: sampling would go through the other."""
+
+    class Mine(transformers.models.llama.modeling_llama.LlamaAttention):
+        __module__ = "elsewhere"
+
+    other = SimpleNamespace(eager_attention_forward=lambda _, query, *__, **___: (query.transpose(1, 2), None))
+    monkeypatch.setitem(sys.modules, "elsewhere", other)
+    model = make_model(attn_implementation="eager")
+    model.model.layers[0].self_attn.__class__ = Mine
+    run_ = start(tmp_path, model, ROWS, max_steps=1)
+    assert run_.layout.startswith("padded (prefix_shared differs") and model.config._attn_implementation == "eager"
+
+
+def test_a_try_leaves_the_model_as_it_was():
+    """In 16 bits, tied, with zeros and a parametrisation: every bit, and how products are rounded."""
+    model = make_model(tie_word_embeddings=True)
+    torch.nn.init.zeros_(model.model.layers[0].self_attn.o_proj.weight)
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[1].mlp.up_proj)
+    model = model.bfloat16().train()
+    before, torch_wide = weights(model), torch.get_float32_matmul_precision()
+    rows = [prepared(ROWS)[i] for i in range(3)]
+    try:
+        torch.set_float32_matmul_precision("medium")
+        how = {"company": rows[:1], "trains": True, "is_quiet": True}
+        assert checks.layout_error(model, rows, DataCollatorForPreference(0, "padded"), "prefix_shared", **how) < 1e-5
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(torch_wide)
+    after = weights(model)
+    assert model.training and all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(value.dtype == torch.bfloat16 for value in after.values())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 # ----------------------------------------------------------------------------------------------------------- generation

@@ -106,6 +106,8 @@ def see(family: str):
         pictures = transformers.Gemma3ImageProcessor(size=square)
         processor = transformers.Gemma3Processor(pictures, tokenizer, image_seq_length=4)
         model = transformers.Gemma3ForConditionalGeneration(config)
+        projector = model.model.multi_modal_projector.mm_input_projection_weight  # zeros: all pictures would look alike
+        projector.data = 0.2 * torch.randn_like(projector)
     processor.chat_template = TEMPLATE.replace("PLACE", PLACES[family])
     return model, processor
 
@@ -150,7 +152,8 @@ def by_hand(model, processor, row: dict, which: str) -> float:
     messages = row["prompt"] + row[which]
     prompt = processor.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
     whole = processor.apply_chat_template(messages, tokenize=False).rstrip("\n")  # the newline is never generated
-    inputs = processor(text=[whole], images=[row["images"]], add_special_tokens=False, return_tensors="pt")
+    shown = {"images": [row["images"]]} if row["images"] else {}
+    inputs = processor(text=[whole], **shown, add_special_tokens=False, return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits[0].double().log_softmax(-1)
     count = len(tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"])
@@ -162,9 +165,9 @@ def prepared(rows: list[dict], processor, **options):
     return prepare_dataset(load_preferences(rows), processor, **options)
 
 
-def scores(model, processor, rows) -> torch.Tensor:
+def scores(model, processor, rows, layout: str = "padded") -> torch.Tensor:
     """log π of the chosen and the rejected completions of prepared rows in one batch, (B, 2)."""
-    collator = DataCollatorForPreference(0, "padded", partial(read_images, processing_class=processor))
+    collator = DataCollatorForPreference(0, layout, partial(read_images, processing_class=processor))
     with torch.no_grad():
         result = concatenated_forward(model.eval(), collator([rows[i] for i in range(len(rows))]))
     return torch.stack([result["chosen_logps"], result["rejected_logps"]], dim=1)
@@ -180,6 +183,42 @@ def test_a_row_in_a_batch_is_the_row_alone_and_a_forward_by_hand(family, seeing)
     assert torch.allclose(together, alone, atol=1e-4)
     assert torch.allclose(together, torch.tensor(hand), atol=1e-4)
     assert len({round(value, 3) for value in together[:, 0].tolist()}) == len(rows)  # and the pictures are seen
+
+
+READ_FLAT = ("llava", "llava_next", "idefics3")  # Qwen's positions are of three kinds, Gemma's pictures see their end
+
+
+@pytest.mark.parametrize("family", PLACES)
+@pytest.mark.parametrize("layout", ["prefix_shared", "padding_free"])
+def test_pictures_in_a_flat_row_are_as_by_hand_or_refused(layout, family, seeing, tmp_path):
+    (model, processor), raw = seeing[family], rows_with_pictures()
+    texts = [
+        {**row, "images": [], "prompt": [{"role": "user", "content": row["prompt"][0]["content"][-1:]}]} for row in raw
+    ]
+    options = {"processing_class": processor, "max_steps": 1, "layout": layout}
+    own = copy.deepcopy(model)
+    if family not in READ_FLAT:
+        with pytest.raises(UserError, match=f"^{layout} differs from padded by .*: leave out layout {layout}"):
+            start(tmp_path / "a", own, texts + raw[:1], **options)
+        with pytest.raises(UserError, match=f"^{layout} differs from padded by"):  # pictures in the evaluation alone
+            start(tmp_path / "b", own, texts, raw[:2], eval_strategy="steps", **options)
+        raw = texts
+    run_ = start(tmp_path / "c", own, raw[:3] + texts[:3], **options, learning_rate=0.0)
+    assert run_.layout.startswith(layout) and curve(run_)[0] == pytest.approx(math.log(2), abs=1e-6)
+    rows = prepared(raw[::-1], processor)
+    hand = [[by_hand(model, processor, row, which) for which in ("chosen", "rejected")] for row in raw[::-1]]
+    assert torch.allclose(scores(own, processor, rows, layout), torch.tensor(hand), atol=1e-4)
+    assert torch.allclose(scores(own, processor, rows.select([0]), layout), torch.tensor(hand[:1]), atol=1e-4)
+
+
+def test_a_picture_that_all_look_alike_at_first_is_not_taken_for_none(seeing, tmp_path):
+    """A fresh projector of Gemma 3 is zero: what its layout would do to pictures shows once it has learnt something."""
+    model, processor = seeing["gemma3"]
+    own = copy.deepcopy(model)
+    torch.nn.init.zeros_(own.model.multi_modal_projector.mm_input_projection_weight)
+    run_ = start(tmp_path, own, rows_with_pictures(), processing_class=processor, max_steps=1, learning_rate=0.0)
+    assert run_.layout.startswith("padded (prefix_shared differs")
+    assert not run_.model.model.multi_modal_projector.mm_input_projection_weight.any()
 
 
 @pytest.mark.parametrize("family", PLACES)
