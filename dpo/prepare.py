@@ -443,7 +443,7 @@ def choose_layout(run: Run) -> str:
         asked = own.layout if own.layout != "plain" else "padded"
     if asked == "padded":
         return asked
-    layout, words = None, "flat layouts: an encoder-decoder reads prompts and completions apart"
+    layout, words = None, "padding_free, prefix_shared: an encoder-decoder reads prompts and completions apart"
     if own.decoder_start_ids is None:
         layout, words = checks.first_exact_layout(
             [each for each in (run.model, run.reference.ref_model) if each is not None],

@@ -392,10 +392,10 @@ def test_what_is_not_for_flat_layouts_is_trained_padded(why, tmp_path):
     options = {name: value() if name == "ref_model" else value for name, value in options.items()}
     run_ = start(tmp_path / "a", model(), ROWS, max_steps=1, **options)
     assert (
-        run_.layout.startswith(("padded (prefix_shared", "padded (flat layouts: an encoder-decoder"))
+        run_.layout.startswith(("padded (prefix_shared:", "padded (padding_free, prefix_shared:"))
         and words in run_.layout
     )
-    with pytest.raises(UserError, match=f"^padding_free: .*{words}"):
+    with pytest.raises(UserError, match=f"^padding_free.*: .*{words}"):
         start(tmp_path / "b", model(), ROWS, max_steps=1, layout="padding_free", **options)
 
 
