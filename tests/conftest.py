@@ -155,6 +155,7 @@ def no_picture(request, monkeypatch):
 def unlooked(monkeypatch):
     """No look at the model before the training, for tests that count its forward passes or its batches."""
     monkeypatch.setattr("dpo.prepare.check_reading", lambda run: None)
+    monkeypatch.setattr("dpo.prepare.foresee", lambda run: None)
 
 
 @pytest.fixture(scope="session")
