@@ -62,6 +62,7 @@ def prices(model: torch.nn.Module, *, trains: bool) -> dict:
 
 
 def share_of_experts(config) -> float:
+    """How many of a layer's experts a token reaches, of all. Raises: ValueError where the configuration is silent."""
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     total = next((count for name in names if (count := getattr(config, name, None))), None)
     active = getattr(config, "num_experts_per_tok", None)

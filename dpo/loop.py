@@ -419,7 +419,12 @@ def tell_costs(run: Run) -> None:
     if run.memory and measured is not None:
         run.memory["measured"] = measured
         words = map(costs.in_words, (measured, run.memory["peak"]))
-        logger.info("memory: %s at the peak measured, %s predicted", *words)
+        how = (
+            ""
+            if run.world.device.type == "cuda"
+            else " (by the process: libraries and free memory that it keeps count)"
+        )
+        logger.info("memory: %s at the peak measured%s, %s predicted", next(words), how, next(words))
 
 
 def finish(run: Run) -> None:
