@@ -198,6 +198,10 @@ class DPOConfig:
     max_new_tokens: int = option(128, "Longest sampled answer.", least=1, needs="generate_during_eval")
     sample_reward: str | None = option(None, "module:function(prompt, answer) -> float.", needs="generate_during_eval")
     logging_steps: float = option(10, "Steps between metrics rows; below 1 a share of all.", above=0)
+    measure_utilisation: bool = option(
+        False, "Measure the device's matrix rate at the start, for a second: each metrics row tells its useful share."
+    )
+    profile: bool = option(False, "Leave a torch.profiler trace of steps 3 to 5 of this start in output_dir/profile.")
     report_to: Words = option(None, "Where metrics go besides metrics.jsonl: tensorboard, wandb, trackio.")
     run_name: str | None = option(None, "Name of the run in trackers; by default output_dir's.", needs="report_to")
     disable_tqdm: bool = option(False, "No progress bar.")

@@ -82,11 +82,13 @@ def sum_over_ranks(values: dict[str, float | torch.Tensor], world: World) -> dic
 
 def mean_over_ranks(sums: dict, world: World) -> dict[str, float]:
     """Sums over pairs, with their number as "pairs", to means over all pairs of all processes. "tokens" stays a sum and
-    comes per second as well where there are "seconds"."""
+    comes per second as well where there are "seconds"; so do "unique_tokens", and "best_seconds" as a share of them."""
     totals = sum_over_ranks(sums, world)
     pairs, seconds, tokens = totals.pop("pairs"), totals.pop("seconds", 0.0) / world.size, totals.pop("tokens")
-    rate = {"tokens_per_second": tokens / seconds} if seconds else {}
-    return {key: total / pairs for key, total in totals.items()} | rate | {"tokens": tokens}
+    rates = {"tokens_per_second": tokens, "unique_tokens_per_second": totals.pop("unique_tokens", None)}
+    rates["utilisation"] = best / world.size if (best := totals.pop("best_seconds", None)) is not None else None
+    rates = {key: total / seconds for key, total in rates.items() if seconds and total is not None}
+    return {key: total / pairs for key, total in totals.items()} | rates | {"tokens": tokens}
 
 
 def by_first(action: Callable, world: World):

@@ -20,7 +20,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 from transformers import EvalPrediction
 
-from dpo import checkpoint, distributed, files, report, sampling
+from dpo import checkpoint, costs, distributed, files, report, sampling
 from dpo.batches import epoch_windows, load_windows
 from dpo.build import autocast, how_to_load, loss_names, loss_options, reads
 from dpo.checkpoint import TrainingState
@@ -330,10 +330,13 @@ def rest_of_epoch(run: Run):
     with distributed.noted_signals(run.signals):
         epoch, done = divmod(run.state.step, run.steps_per_epoch)
         windows = plan_epoch(run, epoch)[done : done + run.total_steps - run.state.step]
-        for window in load_windows(run.train_rows, windows, run.world, run.collator, **workers):
+        for pairs, batches in load_windows(run.train_rows, windows, run.world, run.collator, **workers):
             if number := distributed.agree(run.signals, run.world):
                 leave(run, number)
-            yield window  # to the step, and whatever is due after it
+            batches = [ready_batch(batch, run.model) for batch in batches]
+            costs.count(run.state.sums, batches, run.prices, rate=run.matrix_rate)
+            costs.between_steps(run.profile, run.state.sums)
+            yield pairs, batches  # to the step, and whatever is due after it
 
 
 def due(step: int, total_steps: int, steps_per_epoch: int, *, args: DPOConfig) -> tuple[bool, bool, bool]:
@@ -409,10 +412,23 @@ def leave(run: Run, number: int) -> None:
     sys.exit(128 + number)
 
 
+def tell_costs(run: Run) -> None:
+    """Ends the profile, and tells the peak of memory that was measured beside the predicted one."""
+    if run.profile:
+        run.profile.stop()
+    measured = costs.measured_peak(run.world.device, run.memory_base)
+    if run.memory and measured is not None:
+        run.memory["measured"] = measured
+        words = map(costs.in_words, (measured, run.memory["peak"]))
+        how = "" if run.world.device.type == "cuda" else " (of the process: what it keeps, though free, counts)"
+        logger.info("memory: %s at the peak measured%s, %s predicted", next(words), how, next(words))
+
+
 def finish(run: Run) -> None:
     """Leaves the model, the last or the best, the reward graph and the model card in output_dir."""
     args, output_dir, world, names = run.args, run.output_dir, run.world, []
     run.bar.close()
+    tell_costs(run)
     if args.load_best_model_at_end and run.state.best:
         checkpoint.load_weights(output_dir / f"checkpoint-{run.state.best['step']}", run.model)
     with naming_the_last_good(run):

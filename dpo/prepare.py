@@ -19,7 +19,7 @@ from peft import PeftConfig, PeftModel
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from dpo import adapters, checkpoint, checks, distributed, files, models, report, sampling
+from dpo import adapters, checkpoint, checks, costs, distributed, files, models, report, sampling
 from dpo.batches import epoch_windows, moved
 from dpo.build import (
     adapter_config,
@@ -41,7 +41,7 @@ from dpo.config import DPOConfig, UserError
 from dpo.conversations import sees
 from dpo.data import fingerprint, largest_id, largest_length, part_lengths, prepare_dataset
 from dpo.distributed import World
-from dpo.logprobs import takes
+from dpo.logprobs import concatenated_forward, positions_within, takes
 from dpo.losses import OF_RANKINGS, OVER_THE_BATCH, PARAMETERS, takers
 from dpo.reference import CACHED, Reference, reference_digest, without_dropout
 from dpo.rows import first_line
@@ -98,6 +98,11 @@ class Run:
     same_run: dict | None = None  # what a run must share with this one to go on from its checkpoints
     layout: str = ""  # of the batches, in words
     answers_alone: bool = False  # whether the model must not be asked several prompts at once
+    prices: list[dict] = field(default_factory=list)  # of FLOPs, of policy and reference, where they are counted
+    matrix_rate: float = 0.0  # FLOPs a second of the device, if it was asked for
+    memory: dict[str, float] = field(default_factory=dict)  # bytes: its parts and peak predicted, and as measured
+    memory_base: float | None = None  # see `costs.begin_measuring`
+    profile: torch.profiler.profile | None = None
     signals: list[int] = field(default_factory=list)  # that told the run to stop
     lock: object = None  # the open file that keeps other runs out of output_dir
     bar: tqdm | None = None
@@ -192,7 +197,10 @@ def prepare(
             checkpoint.load_checkpoint(resume, world, **checkpointed(run))
             if run.state.step >= run.total_steps:
                 logger.info("%s: all %d steps are done: finished already", run.output_dir, run.total_steps)
+        foresee(run)
         distributed.by_first(lambda: open_outputs(run, trackers, callbacks or [], resume), world)
+        if args.profile:
+            run.profile = costs.start_profile(run.output_dir / "profile", world.rank)
         disable = args.disable_tqdm or world.rank > 0
         run.bar = tqdm(total=run.total_steps, initial=run.state.step, desc="DPO", disable=disable)
     return run
@@ -559,6 +567,69 @@ def precompute_reference(run: Run) -> None:
         logger.info("with precompute_ref_log_probs there is no reference to answer: the policy's answers are shown")
 
 
+def foresee(run: Run) -> None:
+    """What a step will cost: the prices of its FLOPs and the device's rate, if they were asked for, and its memory at
+    the peak, which from here on is measured, too."""
+    args, model, reference, device = run.args, run.model, run.reference, run.world.device
+    if args.measure_utilisation:
+        try:
+            run.prices = [costs.prices(model, trains=True)]
+            if reference.exists and not reference.is_cached:
+                run.prices.append(costs.prices(reference.ref_model or model, trains=False))
+            held = next(p.dtype for p in model.parameters() if p.is_floating_point())
+            dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else held
+            run.matrix_rate = costs.matrix_rate(device, dtype)
+            logger.info("matrix products: %.3g FLOPs a second", run.matrix_rate)
+        except ValueError as error:
+            logger.info("utilisation is left out: %s", error)
+    try:
+        run.memory = predict_memory(run)
+    except Exception as error:  # of one of many families' own ways to fail: a run does not depend on it
+        logger.info("memory: not predicted, %s", first_line(error))
+    there = run.memory and sum(run.memory[name] for name in ("weights", "reference"))
+    there += run.memory and (run.memory["optimizer"] if run.optimizer.state else 0)
+    run.memory_base = costs.begin_measuring(device, there)
+
+
+def predict_memory(run: Run) -> dict[str, float]:
+    """`costs.predict_memory` of the run's largest micro-batch, told by its shortest row and its longest."""
+    args, rows, lengths, device = run.args, run.train_rows, run.train_rows["length"][:], run.world.device
+
+    def batch_of(numbers: list[int]) -> dict:
+        return ready_batch(run.collator([rows[i] for i in numbers]), run.model)
+
+    def score(batch: dict) -> dict:
+        with autocast(args, run.world):
+            return concatenated_forward(run.model, batch, ld_alpha=args.ld_alpha)
+
+    micros = [own for window in plan_epoch(run)[: run.total_steps] for micro in window for own in micro if own]
+    longest, largest = (
+        batch_of(max(micros, key=size))
+        for size in (lambda own: len(own) * max(lengths[i] for i in own), lambda own: sum(lengths[i] for i in own))
+    )
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    two = [order[:1], [order[-1], order[0]][: args.per_device_train_batch_size]]
+    sizes = {"tokens": max(map(costs.tokens_read, (longest, largest)))}
+    sizes["kept"] = max(len(each["targets"]) for each in (longest, largest))
+    reference = run.reference.bytes() if run.reference.ref_model is not None else 0  # an adapter is in the policy
+    was_training = run.model.training
+    try:
+        with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+            return costs.predict_memory(
+                run.model.train(),
+                score,
+                [moved(batch_of(numbers), device) for numbers in two],
+                **sizes,
+                optimizer=costs.optimizer_bytes(run.optimizer),
+                reference=reference,
+                accumulates=args.gradient_accumulation_steps > 1,
+                copies=2 if run.policy is not run.model else 1,
+                chunk=positions_within(run.model, args.logits_budget) if args.logits_budget else sizes["kept"],
+            )
+    finally:
+        run.model.train(was_training)
+
+
 def eyes_in_words(processing_class) -> str:
     """What a processor makes of pictures; nothing of a tokenizer."""
     eyes = getattr(processing_class, "image_processor", None)
@@ -642,11 +713,19 @@ def open_outputs(run: Run, trackers: dict, callbacks: list[Callable], resume: Pa
     came_from = resume.parent if resume else output_dir
     run.rows = report.read_rows(came_from / "metrics.jsonl", up_to_step=step) if step else []
     checkpoint.clear_output(output_dir, step=step if came_from.resolve() == output_dir.resolve() else 0)
-    note_files(run, "training")
+    if args.profile and run.total_steps < 3:
+        raise UserError(f"profile begins at step 3, the run has {run.total_steps}: train longer, or leave it out")
+    if args.profile and (output_dir / "profile").exists() and "profile" not in files.files_of_run(output_dir):
+        raise UserError(f"{output_dir / 'profile'} is in the way of profile, and no run wrote it: move it")
+    note_files(run, "training", ["profile"] if args.profile else [])
     files.write_whole(output_dir / "metrics.jsonl", "".join(map(report.as_line, run.rows)))
     report.write_config(output_dir, options)
     run.receivers = [partial(report.append_row, output_dir / "metrics.jsonl"), *trackers, *callbacks]
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * run.world.size
     logger.info("%d rows, %d steps of %d rows", len(run.train_rows), run.total_steps, pairs)
     logger.info("layout: %s", run.layout)
+    if run.memory:
+        total, *own = (costs.in_words(run.memory[name]) for name in ("peak", *costs.PARTS))
+        own = ", ".join(f"{name} {words}" for name, words in zip(costs.PARTS, own, strict=True))
+        logger.info("memory: about %s at the peak predicted (%s; not all at once)", total, own)
     logger.info("reference: %s; it takes %.1f MB beside the policy", run.reference.kind, run.reference.bytes() / 2**20)

@@ -35,6 +35,8 @@ METRICS = {  # of metrics.jsonl, in words; losses, rewards and logps are means o
     "grad_norm": "of the last step, before clipping",
     "tokens_per_second": "tokens that the policy read, padding not counted",
     "tokens_seen": "the same since the start of the run",
+    "unique_tokens_per_second": "the same as tokens_per_second with each prompt counted once",
+    "utilisation": "with measure_utilisation: useful FLOPs a second as a share of the device's matrix products",
     "loss/NAME": "each part of a mixture of losses",
     "aux_loss": "load balance of a mixture of experts",
     "eval_…": "each of these on held-out pairs",

@@ -157,6 +157,7 @@ def unlooked(monkeypatch):
     monkeypatch.setattr("dpo.prepare.check_reading", lambda run: None)
     monkeypatch.setattr("dpo.checks.layout_error", lambda *_, **__: 0.0)
     monkeypatch.setattr("dpo.prepare.choose_head", lambda run: None)
+    monkeypatch.setattr("dpo.prepare.foresee", lambda run: None)
 
 
 @pytest.fixture(scope="session")

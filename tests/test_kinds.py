@@ -460,7 +460,7 @@ def by_two_processes(folder, name: str, rows, eval_rows=(), **options) -> tuple[
 
 def lasting(rows: list[dict]) -> list[dict]:
     """Metrics rows without what the clock decides, or, where the rewards are 0, the rounding."""
-    left_out = ("tokens_per_second", "rewards/accuracies")
+    left_out = ("tokens_per_second", "unique_tokens_per_second", "rewards/accuracies")
     return [{key: value for key, value in row.items() if key not in left_out} for row in rows]
 
 

@@ -156,7 +156,7 @@ def test_a_run_leaves_what_the_readme_lists(tmp_path, model_dir):
     run_ = start(tmp_path, model=model_dir, eval_rows=EVAL_ROWS, eval_strategy="epoch")  # a Path will do
     rewards = {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")}
     metrics = {"loss", "logps/chosen", "logps/rejected", *rewards}
-    more = {"learning_rate", "grad_norm", "tokens_per_second", "tokens_seen"}
+    more = {"learning_rate", "grad_norm", "tokens_per_second", "unique_tokens_per_second", "tokens_seen"}
     assert run_.rows == read(tmp_path)
     assert set(run_.rows[0]) == {"step", "epoch", *metrics, *more}
     assert set(run_.rows[-1]) == {"step", "epoch", *(f"eval_{key}" for key in metrics)}

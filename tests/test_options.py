@@ -167,6 +167,8 @@ CHANGES = {
     "dataset_test_split": (EVAL, "test[:2]", lambda run: [row["eval_loss"] for row in run.rows if "eval_loss" in row]),
     "dataset_train_split": ({}, "train[:4]", rows_left),
     "logging_steps": ({}, 4, steps),
+    "measure_utilisation": ({}, True, columns),
+    "profile": ({}, True, names),
     "report_to": ({}, ["tensorboard"], names),
     "save_strategy": ({}, "epoch", names),
     "save_steps": ({"save_strategy": "steps"}, 2, names),
