@@ -20,7 +20,7 @@ def epoch_windows(
     group_by_length: bool = False,
     drop_last: bool = False,
     most_tokens: int | None = None,
-    tokens_of: Callable[[list[int]], int] | None = None,
+    tokens_of=None,
 ) -> list[list[list[list[int]]]]:
     """Which rows train together: windows[optimizer step][micro-batch][rank] -> row indices.
 
@@ -30,7 +30,7 @@ def epoch_windows(
     leaves it out), and a rank may then get an empty list. lengths are tokens of each row; group_by_length makes windows
     of similar length throughout (the gradient noise is then no longer independent of length). With most_tokens a window
     is cut where a rank's next batch would have more, as tokens_of(row indices) counts them, instead of every batch_size
-    rows: the gradient is the same, too.
+    rows: the gradient is the same, too. Needs: cut_by_tokens.
     """
     window_size = batch_size * accumulation * world_size
     generator = torch.Generator().manual_seed(seed)
@@ -58,9 +58,7 @@ def epoch_windows(
     return plan
 
 
-def cut_by_tokens(
-    ranks: list[list[int]], *, most_tokens: int, tokens_of: Callable[[list[int]], int]
-) -> list[list[list[int]]]:
+def cut_by_tokens(ranks: list[list[int]], *, most_tokens: int, tokens_of) -> list[list[list[int]]]:
     """Micro-batches [number][rank] of the rows that each rank has of a window: as many as fit, at least one each."""
     micro_batches, start, end = [], 0, 0
     while start < len(ranks[0]):
