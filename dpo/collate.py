@@ -213,45 +213,46 @@ def prefix_shared_batch(batch: dict[str, torch.Tensor], padding_value: int = 0) 
 
 
 def flat_batch(batch: dict[str, torch.Tensor], padding_value: int, *, shares: bool) -> dict:
-    """Both flat layouts; shares, the prompt of the chosen completion with those of the same row.
+    """Both flat layouts; shares: a rejected completion stands without its prompt, and sees that of the chosen one.
     Needs: concatenated_inputs, scored_tokens, is_of_tokens, go_on, numbers_of."""
     joined, B = concatenated_inputs(batch, padding_value), len(batch["prompt_input_ids"])
     scored, present, others = scored_tokens(batch, joined)
-    prompt_shape = joined["prompt_input_ids"].shape
-    ids = torch.cat([joined["prompt_input_ids"], joined["completion_input_ids"]], dim=1)
-    mask = torch.cat([joined["prompt_attention_mask"], joined["completion_attention_mask"]], dim=1)
-    order, prompts = present.tolist(), joined["prompt_attention_mask"].sum(dim=1).tolist()
+    ids, mask = (
+        torch.cat([joined[f"prompt_{key}"], joined[f"completion_{key}"]], dim=1)
+        for key in ("input_ids", "attention_mask")
+    )
+    prompts, order = joined["prompt_attention_mask"].sum(dim=1).tolist(), present.tolist()
     if shares:
-        order.sort(key=lambda sequence: (sequence % B, sequence))  # row by row
-        others = {name: value if is_of_tokens(name, value, prompt_shape) else batch[f"prompt_{name}"]
-                  for name, value in others.items()}  # fmt: skip
-    pieces, positions, segments, start = [], [], [], 0
-    targets, kept, chosen = {}, {}, {}  # of each sequence; of each row the segment and the place of the chosen one
+        order.sort(key=lambda sequence: sequence % B)  # row by row, by rank
+    sources, positions, segments, start = [], [], [], 0
+    chosen, kept, targets = {}, {}, {}  # of each row, where its chosen completion's segment is; of each sequence
     for sequence in order:
         columns, prompt = mask[sequence].nonzero()[:, 0], prompts[sequence]
+        segment, begin = chosen.setdefault(sequence % B, (len(segments), start))
         shared = prompt if shares and sequence >= B else 0
-        own, (segment, begin) = columns[shared:], chosen.setdefault(sequence % B, (len(segments), start))
+        own = columns[shared:]
         is_scored = scored[sequence, : len(columns) - prompt].bool()
-        before = start + prompt - shared + torch.arange(len(is_scored)) - 1  # what predicts each of the completion
+        before = start + prompt - shared - 1 + torch.arange(len(is_scored))  # what predicts each of its tokens
         if shared:
             before[:1] = begin + prompt - 1
-        targets[sequence], kept[sequence] = ids[sequence, columns[prompt:]][is_scored], before[is_scored]
-        if len(own):
-            pieces.append((torch.full_like(own, sequence), own))
+        kept[sequence], targets[sequence] = before[is_scored], ids[sequence, columns[prompt:]][is_scored]
+        if len(own):  # a row may have fewer completions
+            sources.append(torch.stack([torch.full_like(own, sequence), own]))
             positions.append(torch.arange(shared, len(columns)))
             segments.append((len(own), segment if shared else 0, shared))
-        start += len(own)
-    row, column = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+            start += len(own)
+    row, column = torch.cat(sources, dim=1)  # where in ids each token of the flat row comes from
+    kept, targets = ([values[sequence] for sequence in present.tolist()] for values in (kept, targets))
     inputs = {"input_ids": ids[row, column][None], "position_ids": torch.cat(positions)[None]}
-    inputs |= {"attention_mask": torch.tensor(segments)[None, None]}
-    inputs["logits_to_keep"] = torch.cat([kept[sequence] for sequence in present.tolist()])
+    inputs |= {"attention_mask": torch.tensor(segments)[None, None], "logits_to_keep": torch.cat(kept)}
     for name, value in others.items():
-        if is_of_tokens(name, value, prompt_shape):
-            value = go_on(value, ids.shape[1] - prompt_shape[1])[row, column][None]
-        inputs[name] = value
-    owner = torch.cat([torch.full_like(targets[sequence], sequence) for sequence in present.tolist()])
-    result = {"inputs": inputs, "targets": torch.cat([targets[sequence] for sequence in present.tolist()])}
-    return {**result, "owner": owner, **numbers_of(batch, joined, scored)}
+        if is_of_tokens(name, value, joined["prompt_input_ids"].shape):
+            inputs[name] = go_on(value, joined["completion_input_ids"].shape[1])[row, column][None]
+        else:
+            inputs[name] = batch[f"prompt_{name}"] if shares else value
+    owner = present.repeat_interleave(torch.tensor([len(each) for each in targets]))
+    result = {"inputs": inputs, "targets": torch.cat(targets), "owner": owner}
+    return result | numbers_of(batch, joined, scored)
 
 
 def encoder_decoder_batch(

@@ -154,10 +154,10 @@ def no_picture(request, monkeypatch):
 @pytest.fixture
 def unlooked(monkeypatch):
     """No look at the model before the training, for tests that count its forward passes or its batches."""
-    monkeypatch.setattr("dpo.prepare.check_reading", lambda run: None)
+    monkeypatch.setattr("dpo.trial.check_reading", lambda run: None)
     monkeypatch.setattr("dpo.checks.layout_error", lambda *_, **__: 0.0)
-    monkeypatch.setattr("dpo.prepare.choose_head", lambda run: None)
-    monkeypatch.setattr("dpo.prepare.foresee", lambda run: None)
+    monkeypatch.setattr("dpo.trial.choose_head", lambda run: None)
+    monkeypatch.setattr("dpo.trial.foresee", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -36,8 +36,8 @@ from dpo.data import prepare_dataset
 from dpo.logprobs import concatenated_forward, forward_kept_positions, token_logps
 from dpo.loop import train
 from dpo.models import disable_dropout, load_model
-from dpo.prepare import choose_layout
 from dpo.rows import first_line
+from dpo.trial import choose_layout
 
 MOST_PARAMETERS, TOLERANCE = 2e7, 1e-3
 FLAT = "prefix_shared", "padding_free"  # in the order of auto

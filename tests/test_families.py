@@ -14,7 +14,7 @@ import transformers
 from conftest import curve, make_model, make_rows, make_tokenizer, run, start, weights
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 
-from dpo import attention, chat, checks, prepare, sampling
+from dpo import attention, chat, checks, sampling, trial
 from dpo.collate import DataCollatorForPreference, decoder_start_ids, encoder_decoder_batch
 from dpo.config import UserError
 from dpo.data import prepare_dataset, truncate_row
@@ -355,7 +355,7 @@ def test_a_window_that_only_rows_of_the_evaluation_exceed_counts(tmp_path):
 def test_layouts_are_tried_where_a_leak_would_be_largest():
     """On rows of each set, the shortest once more with a prompt of one token, whose neighbour is another sequence."""
     sets = [prepared(make_rows(9, seed=seed)) for seed in (1, 2)]
-    cut, *rows = prepare.rows_for_layouts(sets)
+    cut, *rows = trial.rows_for_layouts(sets)
     lengths = [row["length"] for row in rows]
     assert len(rows) == 6 and lengths == sorted(lengths) and len(cut["prompt_input_ids"]) == 1
     assert all(most(each["length"]) in lengths for each in sets for most in (min, max))

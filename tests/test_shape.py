@@ -46,8 +46,8 @@ def test_the_data_flows_along_one_straight_line():
     assert IMPORTS["reference"] <= {"logprobs", "collate"}
 
 
-def test_only_loop_prepare_and_build_know_the_configuration_and_nobody_imports_the_loop():
-    assert [name for name, imported in IMPORTS.items() if "config" in imported] == ["build", "loop", "prepare"]
+def test_only_loop_prepare_build_and_trial_know_the_configuration_and_nobody_imports_the_loop():
+    assert [name for name, imported in IMPORTS.items() if "config" in imported] == ["build", "loop", "prepare", "trial"]
     assert not [name for name, imported in IMPORTS.items() if "loop" in imported]
 
 
