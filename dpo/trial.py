@@ -27,9 +27,12 @@ def check_reading(run: "Run") -> None:
     args, rows = run.args, run.train_rows
     shown = pictures_of(rows)
     is_quiet = args.disable_dropout and not adapters.drops_out(run.model)
+    collator = run.collator
+    if isinstance(collator, DataCollatorForPreference) and collator.layout != "plain":
+        collator = dataclasses.replace(collator, layout="padded")
     for number, others in checks.rows_to_try(rows["length"][:], shown):
         alone, together = (
-            moved(ready_batch(run.collator([rows[i] for i in each]), run.model), run.world.device)
+            moved(ready_batch(collator([rows[i] for i in each]), run.model), run.world.device)
             for each in ([number], [*others, number])
         )
         read = alone["inputs"].keys() - {"input_ids", "attention_mask", "decoder_input_ids", "logits_to_keep"}

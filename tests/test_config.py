@@ -739,11 +739,15 @@ def test_layout_is_that_of_the_batches(options, layout, tmp_path, unlooked):
     assert shapes == [shape[layout]] * 2  # policy and reference
 
 
-def test_a_collator_of_the_callers_makes_the_batches(tmp_path, unlooked):
+def test_a_collator_of_the_callers_makes_the_batches(tmp_path):
     run = start(tmp_path / "padded", rows=ROWS[:8], max_steps=1, layout="padded")
     collator = DataCollatorForPreference(pad_token_id=0)  # of the plain layout, which the loader makes ready
     plain = start(tmp_path / "plain", rows=ROWS[:8], max_steps=1, data_collator=collator)
     assert torch.equal(plain.model.lm_head.weight, run.model.lm_head.weight)
+    collator = DataCollatorForPreference(pad_token_id=0, layout="prefix_shared")
+    flat = start(tmp_path / "flat", rows=ROWS[:8], max_steps=1, data_collator=collator)
+    assert flat.layout.startswith("prefix_shared (as padded") and flat.collator.layout == "prefix_shared"
+    assert flat.rows[0]["loss"] == pytest.approx(plain.rows[0]["loss"], abs=1e-6)
     for options in ({"layout": "padded"}, {"padding_value": 3}):
         with pytest.raises(ValueError, match=r"\A(layout|padding_value) does nothing beside data_collator"):
             start(tmp_path / "refused", data_collator=collator, **options)
