@@ -16,8 +16,8 @@ AdamW.
 Figures are medians over rounds, without the first. The table says how many times faster than padded a layout is, and,
 beside it, what counted floating-point operations allow (`common.step_flops`). Utilisation is the operations that are of
 use (each prompt once, no padding, as in prefix_shared) over what a large multiplication of matrices would have done in
-the same seconds. Memory is the most that a process held over what it had before its first step: gradients and the state
-of AdamW are in it, weights are not. Linux only.
+the same seconds. Memory is the most that a process held beyond the models, gradients and the state of AdamW, which it
+has from its first step on. Linux only.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def make_models(case: dict, setup: dict) -> tuple[torch.nn.Module, torch.nn.Modu
 def our_loss(policy, reference: Reference, rows: list[dict], layout: str, loss_type: str, device: str) -> torch.Tensor:
     """The loss as `loop.get_batch_loss_metrics` has it."""
     batch = moved(DataCollatorForPreference(pad_token_id=0, layout=layout)(rows), torch.device(device))
-    logps = concatenated_forward(policy, batch)
+    logps = concatenated_forward(policy, batch, logits_budget=reference.logits_budget)
     losses, _, _ = dpo_loss(logps["chosen_logps"], logps["rejected_logps"], *reference(batch), loss_type=loss_type)
     return losses.mean()
 
@@ -145,19 +145,20 @@ def compete(pipe, layout: str, case: dict, setup: dict) -> None:
     if layout in OURS:
         for model in filter(None, (policy, ref_model)):
             attend_by_segments(model)
-    reference = Reference(policy=policy, ref_model=ref_model, is_cached=case["reference"] == "cached")
+    own = {"is_cached": case["reference"] == "cached", "logits_budget": setup["logits_budget"]}
+    reference = Reference(policy=policy, ref_model=ref_model, **own)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     loss_type = "sigmoid" if case["completions"] == 2 else "plackett_luce"
-    on_gpu = setup["device"] == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() / 2**20
-    else:
-        reset_peak_memory()
-        before = memory("VmRSS")
+    on_gpu, gradients = setup["device"] == "cuda", sum(parameter.nbytes for parameter in trained) / 2**20
     pipe.send(weights)
     while (rows := pipe.recv()) is not None:
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated() / 2**20 + gradients
+        else:
+            reset_peak_memory()
+            before = memory("VmRSS") + gradients
         kept = layout_counts(layout, lengths_of(rows))["kept"]
         if not on_gpu and 4 * 4 * kept * case["vocab"] > available_memory():  # logits, float32, some four times over
             sys.exit(OUT_OF_MEMORY)
@@ -325,7 +326,7 @@ def figures(case: dict, found: dict, weights: dict, lengths: list, setup: dict) 
             "utilisation": median(
                 lambda number: flops("prefix_shared", number) / own[number]["seconds"] / setup["rate"]
             ),
-            "memory": max(answer["memory"] for answer in own),
+            "memory": max(answer["memory"] for answer in own[1:]),  # from then on AdamW has its state
             "ratio": ratio(layout, "padded", "seconds"),
             "allowed": median(lambda number: flops("padded", number) / flops(layout, number)),
             "cpu_ratio": ratio(layout, "padded", "cpu"),
@@ -454,6 +455,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="44m", help="of the model, with random weights")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32", help="of the weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default a GPU if there is one")
+    parser.add_argument(
+        "--logits_budget", type=float, metavar="GIB", help="of our layouts; beyond it the head in chunks"
+    )
     parser.add_argument("--lora_r", type=int, default=16, help="rank, on q_proj and v_proj")
     parser.add_argument("--one_by_one", action="store_true", help="not in turns: of large models few fit into memory")
     parser.add_argument("--growth", nargs="?", choices=("too", "only"), const="too", help="measure how a step grows")
@@ -480,7 +484,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     sys.stdout.reconfigure(line_buffering=True)  # a long run: each line as it comes, into files, too
-    setup = {name: getattr(args, name) for name in ("shape", "dtype", "device", "lora_r", "rounds", "one_by_one")}
+    names = ("shape", "dtype", "device", "lora_r", "rounds", "one_by_one", "logits_budget")
+    setup = {name: getattr(args, name) for name in names}
     setup["device"], setup["rate"] = hear(*start(measure_rate, setup))
     written = []
 
