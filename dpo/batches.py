@@ -105,6 +105,7 @@ def moved(batch: dict, device: torch.device) -> dict:
     def there(name: str, value):
         if isinstance(value, dict):
             return moved(value, device)
-        return value if name == "attention_mask" and value.ndim == 4 else value.to(device, non_blocking=True)
+        is_segments = name == "attention_mask" and value.ndim == 4 and value.dtype == torch.int64
+        return value if is_segments else value.to(device, non_blocking=True)
 
     return {name: there(name, value) for name, value in batch.items()}

@@ -222,6 +222,8 @@ def flat_batch(batch: dict[str, torch.Tensor], padding_value: int, *, shares: bo
         for key in ("input_ids", "attention_mask")
     )
     prompts, order = joined["prompt_attention_mask"].sum(dim=1).tolist(), present.tolist()
+    if not all(prompts):  # what stands before is another row's
+        raise ValueError("a flat row needs prompts of a token at least: give a row without one BOS, or pad the batch")
     if shares:
         order.sort(key=lambda sequence: sequence % B)  # row by row, by rank
     sources, positions, segments, start = [], [], [], 0

@@ -40,6 +40,7 @@ def prices(model: torch.nn.Module, *, trains: bool) -> dict:
         raise ValueError("it is no decoder of transformers that reads text alone")
     if config.get_text_config() is not config:
         raise ValueError("it sees, and what its eyes cost is not counted")
+    windows = windows_of(config)
     tables = [each for each in model.modules() if isinstance(each, torch.nn.Embedding)]
     of_head, of_tables = ({id(p) for m in each for p in m.parameters()} for each in ([head], tables))
     idle = {*getattr(model, "peft_config", ()), "original_module"} - {getattr(model, "active_adapter", None)}
@@ -53,9 +54,9 @@ def prices(model: torch.nn.Module, *, trains: bool) -> dict:
         result[kind] += share * math.prod(shape) * (2 + trains * (2 + 2 * parameter.requires_grad))
     heads, width = config.num_attention_heads, getattr(config, "head_dim", None)
     width = width or config.hidden_size // heads
-    if hasattr(config, "v_head_dim"):  # of latent attention, whose queries are wider than its values
+    if hasattr(config, "qk_nope_head_dim"):  # of latent attention, whose queries are wider than its values
         width = (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) / 2
-    for window in windows_of(config):
+    for window in windows:
         cost = 4 * heads * width * (3 if trains else 1)  # scores, and what they gather
         result["pairs"][window] = result["pairs"].get(window, 0.0) + cost
     return result
@@ -114,11 +115,12 @@ def count(sums: dict, batches: list[dict], prices: list[dict], *, rate: float) -
     """Adds to sums the unique_tokens of ready batches, and where the rate is known their best_seconds: how long a
     device would take that did nothing but useful FLOPs. Rows that only stand in do not count; nobody waits."""
     for batch in batches:
-        unique, counts = batch.get("unique_tokens", batch["tokens"]), batch["index"] >= 0
-        sums["unique_tokens"] += (unique * counts).double().sum()
+        if batch["index"][0] < 0:  # a batch that stands in has one row; index is on the CPU, the rest may be on a GPU
+            batch = {name: batch[name] * 0 for name in ("tokens", "unique_tokens", "lengths") if name in batch}
+        unique = batch.get("unique_tokens", batch["tokens"])
+        sums["unique_tokens"] += unique.double().sum()
         for each in prices if rate else ():
-            flops = useful_flops(batch["lengths"], batch["tokens"], unique, **each)
-            sums["best_seconds"] += (flops * counts).sum() / rate
+            sums["best_seconds"] += useful_flops(batch["lengths"], batch["tokens"], unique, **each).sum() / rate
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -548,15 +548,17 @@ def open_outputs(run: Run, trackers: dict, callbacks: list[Callable], resume: Pa
         run.lock = files.lock(output_dir)
         if files.run_in(output_dir):  # output_dir was not there when this run began
             raise UserError(f"output_dir {output_dir}: another run has taken it meanwhile: name another")
+    if args.profile and 0 < run.total_steps - step < 3:
+        raise UserError(
+            f"profile begins at step 3 of a start, {run.total_steps - step} are left: train longer, or leave it out"
+        )
+    if args.profile and (output_dir / "profile").exists() and "profile" not in files.files_of_run(output_dir):
+        raise UserError(f"{output_dir / 'profile'} is in the way of profile, and no run wrote it: move it")
     options = report.portable_config({**dataclasses.asdict(args), **run.sources})
     trackers, run.tables = report.open_trackers(trackers, run_name=args.run_name, output_dir=output_dir, config=options)
     came_from = resume.parent if resume else output_dir
     run.rows = report.read_rows(came_from / "metrics.jsonl", up_to_step=step) if step else []
     checkpoint.clear_output(output_dir, step=step if came_from.resolve() == output_dir.resolve() else 0)
-    if args.profile and run.total_steps < 3:
-        raise UserError(f"profile begins at step 3, the run has {run.total_steps}: train longer, or leave it out")
-    if args.profile and (output_dir / "profile").exists() and "profile" not in files.files_of_run(output_dir):
-        raise UserError(f"{output_dir / 'profile'} is in the way of profile, and no run wrote it: move it")
     note_files(run, "training", ["profile"] if args.profile else [])
     files.write_whole(output_dir / "metrics.jsonl", "".join(map(report.as_line, run.rows)))
     report.write_config(output_dir, options)

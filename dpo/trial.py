@@ -93,7 +93,10 @@ def choose_layout(run: "Run") -> str:
 def largest_batch(args: DPOConfig) -> int:
     """The most rows that one forward pass may have."""
     evaluates = args.per_device_eval_batch_size if args.eval_strategy != "no" else 0
-    return max(args.per_device_train_batch_size, args.precompute_ref_batch_size or 0, evaluates)
+    trains = args.per_device_train_batch_size
+    if args.max_tokens_per_micro_batch:  # which may put all rows of a step into one pass
+        trains *= args.gradient_accumulation_steps
+    return max(trains, args.precompute_ref_batch_size or 0, evaluates)
 
 
 def choose_head(run: "Run") -> None:
@@ -132,14 +135,14 @@ def foresee(run: "Run", windows: list) -> None:
             dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else held
             run.matrix_rate = costs.matrix_rate(device, dtype)
             logger.info("matrix products: %.3g FLOPs a second", run.matrix_rate)
-        except ValueError as error:
-            logger.info("utilisation is left out: %s", error)
+        except Exception as error:  # of one of many families' own configurations
+            logger.info("utilisation is left out: %s", first_line(error))
     try:
         run.memory = predict_memory(run, windows)
     except Exception as error:  # of one of many families' own ways to fail: a run does not depend on it
         logger.info("memory: not predicted, %s", first_line(error))
-    there = run.memory and sum(run.memory[name] for name in ("weights", "reference"))
-    there += run.memory and (run.memory["optimizer"] if run.optimizer.state else 0)
+    there = ("weights", "reference", "optimizer") if run.optimizer.state else ("weights", "reference")
+    there = sum(run.memory.get(name, 0) for name in there)
     run.memory_base = costs.begin_measuring(device, there)
 
 
@@ -174,7 +177,7 @@ def predict_memory(run: "Run", windows: list) -> dict[str, float]:
                 **sizes,
                 optimizer=costs.optimizer_bytes(run.optimizer),
                 reference=reference,
-                accumulates=args.gradient_accumulation_steps > 1,
+                accumulates=max(map(len, windows)) > 1,
                 copies=2 if run.policy is not run.model else 1,
                 chunk=positions_within(run.model, args.logits_budget) if args.logits_budget else sizes["kept"],
             )

@@ -5,6 +5,7 @@ import json
 import random
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from conftest import WORDS, make_model, make_rankings, make_rows, make_tokenizer, run, start, weights
@@ -151,8 +152,11 @@ def test_a_profile_holds_forward_and_backward_of_three_steps(tmp_path):
 
     again = start(tmp_path / "a", max_steps=1, overwrite_output_dir=True)
     assert not (again.output_dir / "profile").exists()  # the earlier run's
-    with pytest.raises(UserError, match="profile begins at step 3, the run has 2"):
+    with pytest.raises(UserError, match="profile begins at step 3 of a start, 2 are left"):
         start(tmp_path / "b", profile=True, max_steps=2)
+    with pytest.raises(UserError, match="profile begins"):
+        start(tmp_path / "a", profile=True, max_steps=2, overwrite_output_dir=True)
+    assert (tmp_path / "a" / "model.safetensors").exists()  # what is refused deletes nothing
     (tmp_path / "c" / "profile").mkdir(parents=True)
     with pytest.raises(UserError, match="is in the way of profile, and no run wrote it"):
         start(tmp_path / "c", profile=True)
@@ -181,6 +185,21 @@ def test_the_parts_of_memory_that_can_be_told_are_exact(tmp_path):
         assert done.memory["optimizer"] == pytest.approx(sum(map(torch.Tensor.numel, state)) * 4, rel=1e-2, abs=1)
     adapter = start(tmp_path / "lora", peft_config={"r": 4}, max_steps=1)
     assert adapter.memory["reference"] == 0 and adapter.memory["gradients"] < held / 10
+
+
+def test_a_run_does_not_depend_on_what_cannot_be_told(tmp_path, monkeypatch, caplog):
+    """Here an optimizer that another like it cannot be made of, and a family without attention."""
+    caplog.set_level("INFO")
+
+    class Own(torch.optim.AdamW):
+        def __init__(self, model):
+            super().__init__(model.parameters(), lr=1e-3)
+
+    model = make_model()
+    done = start(tmp_path / "a", model, max_steps=1, optimizers=(Own(model), None))
+    assert not done.memory and "memory: not predicted, " in caplog.text
+    start(tmp_path / "b", families.build("mamba"), max_steps=1, measure_utilisation=True)
+    assert "utilisation is left out: it has no attention" in caplog.text
 
 
 def test_memory_goes_on_linearly_to_the_largest_batch():

@@ -352,6 +352,19 @@ def test_a_window_that_only_rows_of_the_evaluation_exceed_counts(tmp_path):
     assert run_.layout.startswith("padded (prefix_shared differs")
 
 
+def test_a_budget_of_tokens_may_put_a_whole_step_into_one_pass(tmp_path):
+    """This family counts a row's tokens: what one row alone has is exact, what sixteen have is not."""
+    model = families.build("llama4_text")
+    model.config.attention_chunk_size = 4096
+    for layer in model.modules():
+        if hasattr(layer, "floor_scale"):
+            layer.floor_scale, layer.attn_scale = 200, 1.0
+    rows, options = make_rows(32, seed=1), {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16}
+    assert start(tmp_path / "a", copy.deepcopy(model), rows, max_steps=1, **options).layout.startswith("prefix_shared")
+    run_ = start(tmp_path / "b", model, rows, max_steps=1, max_tokens_per_micro_batch=10**5, **options)
+    assert run_.layout.startswith("padded (prefix_shared differs")
+
+
 def test_layouts_are_tried_where_a_leak_would_be_largest():
     """On rows of each set, the shortest once more with a prompt of one token, whose neighbour is another sequence."""
     sets = [prepared(make_rows(9, seed=seed)) for seed in (1, 2)]
