@@ -67,7 +67,7 @@ def attend(module, query, key, value, attention_mask, *, otherwise: str, scaling
     segments = tuple(map(tuple, attention_mask[0, 0].tolist()))
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     window = kwargs.get("sliding_window", getattr(module, "sliding_window", None))
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and softcap is None and sinks is None:
+    if softcap is None and sinks is None and fits_varlen(query, value):
         return attend_varlen(query, key, value, segments, scale=scaling, window=window), None
     lengths = [length for length, _, _ in segments]
     queries, keys, values = (each.split(lengths, dim=2) for each in (query, key, value))  # whose backward is one cat
@@ -104,12 +104,25 @@ def attend_segment(query, key, value, *, scale=None, window=None, softcap=None, 
     return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))[..., :K].to(value.dtype) @ value
 
 
-@functools.lru_cache(maxsize=64)  # each layer of a batch wants the same ones
 def causal_mask(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """(Q, K) 0 where the last queries of a sequence see its keys, −∞ elsewhere."""
-    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-    is_seen = (distance >= 0) & (distance < (window or keys))
-    return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill(~is_seen, -torch.inf)
+    """(Q, K) 0 where the last queries of a sequence see its keys, −∞ elsewhere: a corner of a square one."""
+    size = 1 << (keys - 1).bit_length()
+    return _square_mask(size, window, dtype, device)[keys - queries : keys, :keys]
+
+
+@functools.lru_cache(maxsize=4)  # for all segments and layers of a few batches
+def _square_mask(size: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    distance = torch.arange(size, device=device)[:, None] - torch.arange(size, device=device)
+    is_seen = (distance >= 0) & (distance < (window or size))
+    return torch.zeros(size, size, dtype=dtype, device=device).masked_fill(~is_seen, -torch.inf)
+
+
+def fits_varlen(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether torch's FlashAttention takes heads like these, on this machine."""
+    if not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    width, is_new = query.shape[-1], torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return is_new and width == value.shape[-1] and width % 8 == 0 and width <= 256
 
 
 def attend_varlen(query, key, value, segments: tuple, *, scale: float | None, window: int | None) -> torch.Tensor:

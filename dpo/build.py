@@ -114,7 +114,7 @@ def reads(model, processing_class) -> str:
 
 
 def make_collator(processing_class, model, *, args: DPOConfig) -> DataCollatorForPreference:
-    """The collator of the padded layout, which is exact for every model (see `prepare.choose_layout`)."""
+    """The collator of the padded layout, which is exact for every model (see `trial.choose_layout`)."""
     tokenizer, start = tokenizer_of(processing_class), None
     padding_value = args.padding_value if args.padding_value is not None else tokenizer.pad_token_id or 0
     if reads_apart(model, args=args):

@@ -20,8 +20,9 @@ class DataCollatorForPreference:
     """B tokenised pairs to a batch of tensors.
 
     Args: pad_token_id, any id (masks, not ids, tell what is padding); layout, "plain" (prompts padded on the left,
-    completions on the right, as in TRL's documentation) or "padded", ready for the model (see `padded_batch`);
-    read_images, gives of a row with images what the model reads of them, by its names; decoder_start_ids, of an
+    completions on the right, as in TRL's documentation), or one that is ready for the model: "padded", "padding_free"
+    or "prefix_shared" (see `padded_batch` and the functions after it); read_images, gives of a row with images what the
+    model reads of them, by its names; decoder_start_ids, of an
     encoder-decoder, what its decoder begins with: the padded layout is then that of `encoder_decoder_batch`, with
     label_pad_token_id.
 

@@ -36,10 +36,25 @@ def setup(*, use_cpu: bool = False, backend: str | None = None, timeout: int = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if gpu:
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if size > 1 and not dist.is_initialized():
         backend = backend or ("nccl" if gpu else "gloo")
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     return World(rank=int(os.environ.get("RANK", 0)), size=size, device=device)
+
+
+def keep_freed_memory() -> None:
+    """On a CPU a step's large buffers come and go, and the C library gives each back to the system, which then has to
+    make its pages anew: a seventh of a step's time. From here on it keeps what is freed, unless the environment has
+    settings of its own (MALLOC_..., GLIBC_TUNABLES)."""
+    if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc's
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def lay_out(

@@ -182,7 +182,7 @@ def prepare(
         if run.reference.ref_model is not None:
             run.reference.ref_model = distributed.lay_out(run.reference.ref_model, world, trains=False)
         trial.check_reading(run)
-        run.layout = distributed.from_first(trial.choose_layout(run), world)
+        run.layout = trial.choose_layout(run, collator_is_given=data_collator is not None)
         trial.choose_head(run)
         if args.precompute_ref_log_probs:
             precompute_reference(run)
@@ -410,7 +410,11 @@ def tokens_read(run: Run) -> Callable[[list[int]], int]:
             return sum(prompt + sum(own) for prompt, own in rows)
         if layout == "padding_free":
             return sum(prompt * len(own) + sum(own) for prompt, own in rows)
-        return sum(len(own) for _, own in rows) * max((prompt + max(own) for prompt, own in rows), default=0)
+        if getattr(run.collator, "decoder_start_ids", None) is not None:  # two rows of each, padded apart
+            longest = max((prompt for prompt, _ in rows), default=0) + max((max(own) for _, own in rows), default=0)
+        else:
+            longest = max((prompt + max(own) for prompt, own in rows), default=0)
+        return sum(len(own) for _, own in rows) * longest
 
     return count
 
@@ -454,7 +458,7 @@ def precompute_reference(run: Run) -> None:
         raise UserError(f"the data_collator leaves out the column {min(missing)}: it must hand it on to the batch")
     size = args.precompute_ref_batch_size
     plan = {"world_size": run.world.size, "shuffle": False, "group_by_length": True}
-    if size is None:  # the first epoch's batches: it comes to what training would, to the bit
+    if size is None:  # the first epoch's batches: in one layout it comes to what training would, to the bit
         windows = plan_epoch(run, drop_last=False)
     else:
         windows = epoch_windows(run.train_rows["length"][:], batch_size=size, **plan)

@@ -2,12 +2,14 @@
 
 import dataclasses
 import logging
+import math
 from typing import TYPE_CHECKING
 
 import datasets
 import torch
 
 from dpo import adapters, checks, costs, distributed
+from dpo.attention import attend_by_segments
 from dpo.batches import moved
 from dpo.build import autocast, make_collator
 from dpo.collate import DataCollatorForPreference, ready_batch
@@ -61,33 +63,44 @@ def pictures_of(rows: datasets.Dataset) -> list[int]:
     return [len(each) for each in rows["pictures"][:]] if "pictures" in rows.column_names else [0] * len(rows)
 
 
-def choose_layout(run: "Run") -> str:
+def choose_layout(run: "Run", *, collator_is_given: bool = False) -> str:
     """Gives the collator the layout asked for, or with auto the first of prefix_shared and padding_free that gives the
-    log-probabilities of padded, else padded. Returns, in words: which, and why.
+    log-probabilities of padded, else padded. Returns, in words: which, and why. The first process decides for all.
 
     Raises: UserError if a layout was asked for by name, and policy or reference does not compute it exactly.
     """
     asked, own = run.args.layout, run.collator
     if not isinstance(own, DataCollatorForPreference):
         return "that of the data_collator"
-    if own.layout != "padded":  # the caller's own collator: one of the plain layout is made ready as padded
+    if collator_is_given:  # one of the plain layout is made ready as padded
         asked = own.layout if own.layout != "plain" else "padded"
     if asked == "padded":
         return asked
+    layout, words = distributed.by_first(lambda: exact_layout(run, asked), run.world)
+    run.collator = dataclasses.replace(own, layout=layout)
+    for model in (run.model, run.reference.ref_model):
+        if layout != "padded" and model is not None:
+            attend_by_segments(distributed.unwrap(model))
+    return f"{layout} ({words})"
+
+
+def exact_layout(run: "Run", asked: str) -> tuple[str, str]:
+    """(the layout asked for, or that which auto takes; why)."""
+    own = run.collator
     layout, words = None, "padding_free, prefix_shared: an encoder-decoder reads prompts and completions apart"
     if own.decoder_start_ids is None:
-        layout, words = checks.first_exact_layout(
-            [each for each in (run.model, run.reference.ref_model) if each is not None],
-            dataclasses.replace(own, layout="padded"),
-            ("prefix_shared", "padding_free") if asked == "auto" else (asked,),
-            rows_for_layouts([run.train_rows, *run.eval_sets.values()]),
-            batch_size=largest_batch(run.args),
-            is_quiet=run.args.disable_dropout and not adapters.drops_out(run.model),
-        )
+        with autocast(run.args, run.world):
+            layout, words = checks.first_exact_layout(
+                [each for each in (run.model, run.reference.ref_model) if each is not None],
+                dataclasses.replace(own, layout="padded"),
+                ("prefix_shared", "padding_free") if asked == "auto" else (asked,),
+                rows_for_layouts([run.train_rows, *run.eval_sets.values()]),
+                batch_size=largest_batch(run.args),
+                is_quiet=run.args.disable_dropout and not adapters.drops_out(run.model),
+            )
     if layout is None and asked != "auto":
         raise UserError(f"{words}: leave out layout {asked}, auto takes one that is exact")
-    run.collator = dataclasses.replace(own, layout=layout or "padded")
-    return f"{run.collator.layout} ({words})"
+    return layout or "padded", words
 
 
 def largest_batch(args: DPOConfig) -> int:
@@ -103,7 +116,9 @@ def choose_head(run: "Run") -> None:
     """Leaves the head whole, whatever its logits take, where chunks of it would be another model's. Raises: UserError
     if logits_budget was set by the caller."""
     args, reference = run.args, run.reference
-    batch = moved(ready_batch(run.collator([run.train_rows[0]]), run.model), run.world.device)
+    lengths = run.train_rows["length"][:]
+    shortest = run.train_rows[lengths.index(min(lengths))]
+    batch = moved(ready_batch(run.collator([shortest]), run.model), run.world.device)
     sides = [distributed.unwrap(each) for each in (run.model, reference.ref_model) if each is not None]
     if not args.logits_budget or all(checks.head_error(model, batch) <= checks.TOLERANCE for model in sides):
         return
@@ -141,13 +156,17 @@ def foresee(run: "Run", windows: list) -> None:
         run.memory = predict_memory(run, windows)
     except Exception as error:  # of one of many families' own ways to fail: a run does not depend on it
         logger.info("memory: not predicted, %s", first_line(error))
+    if run.state.sums.get("pairs") and run.prices and "best_seconds" not in run.state.sums:
+        run.state.sums["best_seconds"] = math.nan  # of the steps before, resumed without, nobody knows
+    elif not run.prices:
+        run.state.sums.pop("best_seconds", None)
     there = ("weights", "reference", "optimizer") if run.optimizer.state else ("weights", "reference")
     there = sum(run.memory.get(name, 0) for name in there)
     run.memory_base = costs.begin_measuring(device, there)
 
 
 def predict_memory(run: "Run", windows: list) -> dict[str, float]:
-    """`costs.predict_memory` of the run's largest micro-batch, told by its shortest row and its longest."""
+    """`costs.predict_memory` of the run's largest micro-batch, told by its shortest row and a middling one."""
     args, rows, lengths, device = run.args, run.train_rows, run.train_rows["length"][:], run.world.device
 
     def batch_of(numbers: list[int]) -> dict:
@@ -163,7 +182,7 @@ def predict_memory(run: "Run", windows: list) -> dict[str, float]:
         for size in (lambda own: len(own) * max(lengths[i] for i in own), lambda own: sum(lengths[i] for i in own))
     )
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    two = [order[:1], [order[-1], order[0]][: args.per_device_train_batch_size]]
+    two = [order[:1], [order[len(order) // 2], order[0]][: args.per_device_train_batch_size]]
     sizes = {"tokens": max(map(costs.tokens_read, (longest, largest)))}
     sizes["kept"] = max(len(each["targets"]) for each in (longest, largest))
     reference = run.reference.bytes() if run.reference.ref_model is not None else 0  # an adapter is in the policy

@@ -33,6 +33,7 @@ from dpo.checks import check_answers
 from dpo.collate import DataCollatorForPreference
 from dpo.config import DPOConfig, UserError
 from dpo.data import prepare_dataset
+from dpo.distributed import World
 from dpo.logprobs import concatenated_forward, forward_kept_positions, token_logps
 from dpo.loop import train
 from dpo.models import disable_dropout, load_model
@@ -298,7 +299,10 @@ def measure_layouts(model, train_rows: Dataset) -> dict[str, dict]:
     before = scored(model.eval(), batches[0], "padded").detach()
     for layout, row in found.items():
         args = DPOConfig(layout=layout, per_device_train_batch_size=len(batches[0]))
-        run = SimpleNamespace(args=args, model=model, reference=SimpleNamespace(ref_model=None), eval_sets={})
+        world = World(rank=0, size=1, device=torch.device("cpu"))
+        run = SimpleNamespace(
+            args=args, model=model, reference=SimpleNamespace(ref_model=None), world=world, eval_sets={}
+        )
         run.train_rows, run.collator = train_rows, DataCollatorForPreference(0, "padded")
         try:
             row["error"] = float(re.search(r"as padded to (\S+) nats", choose_layout(run))[1])

@@ -91,7 +91,7 @@ def test_frozen_weights_have_no_gradient_to_compute(common):
 
 
 def test_the_benchmark_of_layouts_runs_and_all_competitors_have_the_same_losses(tmp_path):
-    case = ["--shape", "tiny", "--vocab", "64", "--tokens", "12", "--rows", "2", "--rounds", "2", "--device", "cpu"]
+    case = ["--shape", "tiny", "--vocab", "64", "--tokens", "12", "--rows", "2", "--rounds", "3", "--device", "cpu"]
     case += ["--ratio", "1:1", "--train", "full", "lora", "--reference", "live", "cached", "--completions", "2", "3"]
     files = ["--markdown", str(tmp_path / "grid.md"), "--picture", str(tmp_path / "grid.png")]
     done = subprocess.run([sys.executable, SCRIPT, *case, *files], capture_output=True, text=True, cwd=tmp_path)

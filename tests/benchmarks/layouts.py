@@ -13,11 +13,12 @@ log-softmax of all logits, gathers and sums up. Each round they take one step on
 an order that rotates, and their losses must agree. A step is collating, policy, reference, loss, backward, clipping and
 AdamW.
 
-Figures are medians over rounds, without the first. The table says how many times faster than padded a layout is, and,
-beside it, what counted floating-point operations allow (`common.step_flops`). Utilisation is the operations that are of
-use (each prompt once, no padding, as in prefix_shared) over what a large multiplication of matrices would have done in
-the same seconds. Memory is the most that a process held beyond the models, gradients and the state of AdamW, which it
-has from its first step on. Linux only.
+Figures are medians over rounds, without the first two, of which the second measures memory. The table says how many
+times faster than padded a layout is, and, beside it, what counted operations allow (`common.step_flops`).
+Utilisation is the operations that are of use (each prompt once, no padding, as in prefix_shared) over what a large
+multiplication of matrices would have done in the same seconds. Memory is the most that a process held beyond the
+models, gradients and the state of AdamW. On a CPU all keep the memory that they free, as the training command does.
+Linux only.
 """
 
 import argparse
@@ -42,6 +43,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 from dpo.attention import attend_by_segments
 from dpo.batches import moved
 from dpo.collate import DataCollatorForPreference, completions_of
+from dpo.distributed import keep_freed_memory
 from dpo.logprobs import concatenated_forward
 from dpo.losses import dpo_loss
 from dpo.reference import Reference, compute_ref_log_probs
@@ -151,12 +153,16 @@ def compete(pipe, layout: str, case: dict, setup: dict) -> None:
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     loss_type = "sigmoid" if case["completions"] == 2 else "plackett_luce"
     on_gpu, gradients = setup["device"] == "cuda", sum(parameter.nbytes for parameter in trained) / 2**20
+    if not on_gpu:
+        keep_freed_memory()
     pipe.send(weights)
+    steps = 0
     while (rows := pipe.recv()) is not None:
+        steps += 1
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated() / 2**20 + gradients
-        else:
+        elif steps <= 2:  # it costs the next step time
             reset_peak_memory()
             before = memory("VmRSS") + gradients
         kept = layout_counts(layout, lengths_of(rows))["kept"]
@@ -305,7 +311,7 @@ def figures(case: dict, found: dict, weights: dict, lengths: list, setup: dict) 
         return step_flops(**counts, **weights, live=case["reference"] == "live")
 
     def median(value) -> float:
-        return statistics.median(value(number) for number in range(1, setup["rounds"]))
+        return statistics.median(value(number) for number in range(2, setup["rounds"]))
 
     def ratio(layout: str, other: str, clock: str) -> float:
         if other not in found:
@@ -326,7 +332,7 @@ def figures(case: dict, found: dict, weights: dict, lengths: list, setup: dict) 
             "utilisation": median(
                 lambda number: flops("prefix_shared", number) / own[number]["seconds"] / setup["rate"]
             ),
-            "memory": max(answer["memory"] for answer in own[1:]),  # from then on AdamW has its state
+            "memory": own[1]["memory"],  # from then on AdamW has its state
             "ratio": ratio(layout, "padded", "seconds"),
             "allowed": median(lambda number: flops("padded", number) / flops(layout, number)),
             "cpu_ratio": ratio(layout, "padded", "cpu"),
@@ -451,7 +457,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--completions", nargs="+", type=int, metavar="K", help="of a row; 2 4 8")
     parser.add_argument("--rows", type=int, default=4, help="a step")
     parser.add_argument("--tokens", type=int, default=250, help="mean of prompt and completion together")
-    parser.add_argument("--rounds", type=int, help="of which the first does not count; 5, quick 3")
+    parser.add_argument("--rounds", type=int, help="of which the first two do not count; 6, quick 4")
     parser.add_argument("--shape", choices=SHAPES, default="44m", help="of the model, with random weights")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32", help="of the weights")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default a GPU if there is one")
@@ -464,7 +470,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--markdown", metavar="FILE", help="write the tables there, too")
     parser.add_argument("--picture", metavar="FILE", help="draw them")
     args = parser.parse_args(argv)
-    args.rounds = args.rounds or (3 if args.quick else 5)
+    args.rounds = args.rounds or (4 if args.quick else 6)
     args.ratio = args.ratio or (["4:1", "1:4"] if args.quick else ["4:1", "1:1", "1:4"])
     args.vocab = args.vocab or SHAPES[args.shape][2][: 1 if args.quick else None]
     args.train = args.train or (["full"] if args.quick else ["full", "lora"])
@@ -474,8 +480,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parts = ratio.split(":")
         if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
             parser.error(f"--ratio {ratio}: two numbers above 0 with a colon between them, as 4:1")
-    if args.rounds < 2:
-        parser.error("--rounds must be at least 2: the first does not count")
+    if args.rounds < 3:
+        parser.error("--rounds must be at least 3: the first two do not count")
     if min(args.completions) < 2:
         parser.error("--completions must be at least 2: a pair")
     return args
@@ -497,7 +503,7 @@ def main(argv: list[str] | None = None) -> None:
 
     say(
         f"{args.shape}, {args.dtype}, {setup['device']}, {args.rows} rows a step, prompt and completion {args.tokens} "
-        f"tokens together, medians of {args.rounds - 1} rounds; matrices at {setup['rate'] / 1e9:,.0f} GFLOP/s",
+        f"tokens together, medians of {args.rounds - 2} rounds; matrices at {setup['rate'] / 1e9:,.0f} GFLOP/s",
         "",
     )
     results, growth = [], {}
