@@ -748,6 +748,9 @@ def test_a_collator_of_the_callers_makes_the_batches(tmp_path):
     flat = start(tmp_path / "flat", rows=ROWS[:8], max_steps=1, data_collator=collator)
     assert flat.layout.startswith("prefix_shared (as padded") and flat.collator.layout == "prefix_shared"
     assert flat.rows[0]["loss"] == pytest.approx(plain.rows[0]["loss"], abs=1e-6)
+    collator = DataCollatorForPreference(pad_token_id=0, layout="padded")
+    kept = start(tmp_path / "kept", rows=ROWS[:8], max_steps=1, data_collator=collator)
+    assert kept.layout == kept.collator.layout == "padded"
     for options in ({"layout": "padded"}, {"padding_value": 3}):
         with pytest.raises(ValueError, match=r"\A(layout|padding_value) does nothing beside data_collator"):
             start(tmp_path / "refused", data_collator=collator, **options)

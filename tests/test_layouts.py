@@ -12,7 +12,20 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from dpo import attention, logprobs
 from dpo.attention import attend_as_before, attend_by_segments, attend_segment, attend_varlen
@@ -296,6 +309,52 @@ def test_logits_beyond_the_budget_are_worked_out_in_chunks_by_policy_and_referen
     assert widths == [400, 400, 1, 1]
 
 
+SIZES = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "pad_token_id": 0}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.3, "eos_token_id": 2}
+SCALED = {  # families that do something to their logits
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.3)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=4.0)),
+    "falcon_h1": lambda: FalconH1ForCausalLM(
+        FalconH1Config(**SIZES, lm_head_multiplier=0.4, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16)
+    ),
+    "gemma2": gemma2,
+}
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_chunks_do_to_their_logits_what_the_family_does(family):
+    torch.manual_seed(0)
+    model = SCALED[family]().eval()
+    whole, parts = (concatenated_forward(model, collated(PAIRS), logits_budget=x) for x in (None, BUDGET))
+    assert torch.allclose(whole["chosen_logps"], parts["chosen_logps"], atol=1e-4)
+
+
+def test_chunks_compute_in_the_precision_of_autocast():
+    model, batch = make_model(), collated(PAIRS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole, parts = (concatenated_forward(model, batch, logits_budget=x) for x in (None, BUDGET))
+    exact = concatenated_forward(model, batch)
+    assert torch.allclose(whole["chosen_logps"], parts["chosen_logps"], atol=1e-4)
+    assert not torch.allclose(whole["chosen_logps"], exact["chosen_logps"], atol=1e-2)
+
+
+def test_a_head_that_chunks_would_make_another_is_refused_by_name_and_else_left_whole(tmp_path):
+    class Odd(type(make_model())):
+        """Does to its logits what no configuration tells of."""
+
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits * 1.5
+            return output
+
+    model = Odd(make_model().config)
+    run = start(tmp_path / "whole", model, make_rows(8), max_steps=1)
+    assert run.args.logits_budget is None and run.reference.logits_budget is None
+    assert start(tmp_path / "plain", rows=make_rows(8), max_steps=1).args.logits_budget == 4.0
+    with pytest.raises(ValueError, match="logits_budget: the head of Odd does not work in chunks: leave it out"):
+        start(tmp_path / "named", model, make_rows(8), max_steps=1, logits_budget=BUDGET)
+
+
 def test_chunks_add_up_the_heads_gradient_in_float32():
     """In bfloat16 weights whose gradient is made of many chunks, each lost in the rounding of the sum before it."""
     torch.manual_seed(0)
@@ -395,6 +454,9 @@ def test_micro_batches_have_as_many_tokens_as_they_may_and_no_more(lengths, worl
         sorted(row for micro in window for rank in micro for row in rank) for window in whole
     ]
     for window in cut:
+        for rank in range(world_size):  # the longest first: neighbours are of like length
+            own = [lengths[row] for micro in window for row in micro[rank]]
+            assert own == sorted(own, reverse=True)
         for number, micro in enumerate(window):
             assert len(micro) == world_size and micro[0]
             assert all(len(rows) <= 1 or tokens_of(rows) <= most for rows in micro)
@@ -415,6 +477,21 @@ def test_a_budget_counts_the_tokens_that_the_model_reads(layout, tmp_path, unloo
     assert counts == [(len(row["prompt_input_ids"]), [len(own) for own in completions(row)]) for row in run.train_rows]
     if layout == "prefix_shared":
         assert sum(shapes) == sum(prompt + sum(own) for prompt, own in counts)
+
+
+def test_a_budget_counts_both_halves_of_an_encoder_decoder(tmp_path, unlooked):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 400, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    ends = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2}
+    model, read = T5ForConditionalGeneration(T5Config(**sizes, **ends)), []
+
+    def note(_, __, inputs):
+        read.append(inputs["input_ids"].numel() + inputs["decoder_input_ids"].numel())
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    budget = {"max_tokens_per_micro_batch": 120, "per_device_train_batch_size": 16}
+    start(tmp_path, model, make_rows(16), max_steps=1, loss_type="simpo", **budget)
+    assert len(read) > 1 and max(read) <= 120
 
 
 def test_a_model_is_trained_in_the_layout_that_its_copy_is_asked_in(tmp_path):

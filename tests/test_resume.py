@@ -147,6 +147,7 @@ def test_resuming_another_run_is_refused_and_says_what_differs(tmp_path):
     start(tmp_path, save_strategy="steps")
     one_by_one = {"rows": ROWS[:20], "seed": 1, "data_seed": 1, "beta": 0.2, "loss_type": "ipo", "learning_rate": 2e-3}
     one_by_one |= {"shuffle": False, "label_smoothing": 0.1, "max_grad_norm": 0.5, "optim": "sgd", "ld_alpha": 0.5}
+    one_by_one |= {"layout": "padded", "logits_budget": 1.0, "max_tokens_per_micro_batch": 500}
     changes = [{name: value} for name, value in one_by_one.items()]
     for options in (*changes, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}):
         with pytest.raises(ValueError, match="of another run") as refused:
