@@ -141,9 +141,10 @@ def first_exact_layout(
         try:
             error = 0.0
             for (tried, company), model in itertools.product(tries, asked):
-                if error <= TOLERANCE:
-                    how = {"company": company, "trains": model is policy, "is_quiet": is_quiet}
-                    error = max(error, layout_error(model, tried, collator, layout, **how))
+                how = {"company": company, "trains": model is policy, "is_quiet": is_quiet}
+                error = max(error, layout_error(model, tried, collator, layout, **how))
+                if error > TOLERANCE:
+                    break
             if error <= TOLERANCE:
                 for model in models:
                     attend_by_segments(model)
