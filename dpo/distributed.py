@@ -214,4 +214,7 @@ def is_first() -> bool:
 
 def shutdown() -> None:
     if dist.is_initialized():
+        # A thread of gloo's may be about to let go of its last work, for which it needs Python's lock; the end of the
+        # process holds that lock and waits for the thread. Seen once: neither ever went on.
+        time.sleep(0.2)
         dist.destroy_process_group()
