@@ -88,7 +88,9 @@ def exact_layout(run: "Run", asked: str) -> tuple[str, str]:
     """(the layout asked for, or that which auto takes; why)."""
     own = run.collator
     layout, words = None, "padding_free, prefix_shared: an encoder-decoder reads prompts and completions apart"
-    if own.decoder_start_ids is None:
+    if getattr(run.model, "is_loaded_in_8bit", False):
+        words = "padding_free, prefix_shared: 8 bits are rounded by what a batch has"
+    elif own.decoder_start_ids is None:
         with autocast(run.args, run.world):
             layout, words = checks.first_exact_layout(
                 [each for each in (run.model, run.reference.ref_model) if each is not None],
@@ -120,7 +122,11 @@ def choose_head(run: "Run") -> None:
     shortest = run.train_rows[lengths.index(min(lengths))]
     batch = moved(ready_batch(run.collator([shortest]), run.model), run.world.device)
     sides = [distributed.unwrap(each) for each in (run.model, reference.ref_model) if each is not None]
-    if not args.logits_budget or all(checks.head_error(model, batch) <= checks.TOLERANCE for model in sides):
+    if (
+        getattr(run.model, "is_loaded_in_8bit", False)
+        or not args.logits_budget
+        or all(checks.head_error(model, batch) <= checks.TOLERANCE for model in sides)
+    ):
         return
     if args.logits_budget != DPOConfig.logits_budget:
         kind = type(distributed.unwrap(run.model)).__name__
@@ -153,6 +159,8 @@ def foresee(run: "Run", windows: list) -> None:
         except Exception as error:  # of one of many families' own configurations
             logger.info("utilisation is left out: %s", first_line(error))
     try:
+        if getattr(run.model, "is_loaded_in_8bit", False):
+            raise ValueError("a forward pass changes what 8-bit layers keep")
         run.memory = predict_memory(run, windows)
     except Exception as error:  # of one of many families' own ways to fail: a run does not depend on it
         logger.info("memory: not predicted, %s", first_line(error))
