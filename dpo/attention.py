@@ -48,6 +48,11 @@ def _text_configs(model: torch.nn.Module) -> list[PreTrainedConfig]:
     return list({id(config): config for config in held if type(config) is kind}.values())
 
 
+def is_segments(name: str, mask: torch.Tensor | None) -> bool:
+    """Whether an input of that name says of a flat row which segments it has."""
+    return name == "attention_mask" and mask is not None and mask.ndim == 4 and mask.dtype == torch.int64
+
+
 def attend(module, query, key, value, attention_mask, *, otherwise: str, scaling=None, dropout=0.0, **kwargs):
     """An attention function as transformers calls it.
 
@@ -55,7 +60,7 @@ def attend(module, query, key, value, attention_mask, *, otherwise: str, scaling
     attention `otherwise` takes; kwargs, among them sliding_window, softcap and s_aux (sinks).
     Returns: ((B, U, H, D), None).
     """
-    if attention_mask is None or attention_mask.ndim != 4 or attention_mask.dtype != torch.int64:
+    if not is_segments("attention_mask", attention_mask):
         files = [sys.modules[kind.__module__] for kind in type(module).__mro__]
         eager = next((f for file in files if (f := getattr(file, "eager_attention_forward", None))), None)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(otherwise, eager)

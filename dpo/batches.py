@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
+from dpo.attention import is_segments
 from dpo.distributed import World, ignore_signals
 
 
@@ -60,7 +61,7 @@ def epoch_windows(
 
 def cut_by_tokens(ranks: list[list[int]], *, most_tokens: int, tokens_of) -> list[list[list[int]]]:
     """Micro-batches [number][rank] of the rows that each rank has of a window: as many as fit, at least one each."""
-    micro_batches, start, end = [], 0, 0
+    micro_batches, start = [], 0
     while start < len(ranks[0]):
         end = start + 1
         while end < len(ranks[0]) and all(tokens_of(rows[start : end + 1]) <= most_tokens for rows in ranks):
@@ -105,7 +106,6 @@ def moved(batch: dict, device: torch.device) -> dict:
     def there(name: str, value):
         if isinstance(value, dict):
             return moved(value, device)
-        is_segments = name == "attention_mask" and value.ndim == 4 and value.dtype == torch.int64
-        return value if is_segments else value.to(device, non_blocking=True)
+        return value if is_segments(name, value) else value.to(device, non_blocking=True)
 
     return {name: there(name, value) for name, value in batch.items()}

@@ -58,18 +58,17 @@ def check_reading(model: torch.nn.Module, alone: dict, together: dict, *, is_qui
     Args: alone, a ready batch of one row; together, of others and that row; is_quiet, whether no dropout is left.
     Returns: what `concatenated_forward` gives of the row alone.
     """
-    kind, was_training = type(unwrap(model)).__name__, model.training
+    kind = type(unwrap(model)).__name__
     try:
-        earlier, later, noise = changes_by_a_last_token(model.eval(), alone["inputs"])
-        result = concatenated_forward(model, alone)
-        by_itself, beside = logps_of_last(result), logps_of_last(concatenated_forward(model, together))
-        if is_quiet:
-            with torch.random.fork_rng():
-                trained = logps_of_last(concatenated_forward(model.train(), alone))
+        with modes_kept(model):
+            earlier, later, noise = changes_by_a_last_token(model.eval(), alone["inputs"])
+            result = concatenated_forward(model, alone)
+            by_itself, beside = logps_of_last(result), logps_of_last(concatenated_forward(model, together))
+            if is_quiet:
+                with torch.random.fork_rng():
+                    trained = logps_of_last(concatenated_forward(model.train(), alone))
     except Exception as error:  # of one of many families' own ways to fail
         raise ValueError(f"{kind} cannot read the rows: {first_line(error)}") from error
-    finally:
-        model.train(was_training)
     share = 0.1 if getattr(model, "is_quantized", False) else 1e-3  # 8 bits are rounded by what a batch has
     if earlier > share * later + 10 * noise:
         raise ValueError(f"{kind} sees later tokens, it is no causal language model: take one that generates text")
@@ -124,7 +123,7 @@ def first_exact_layout(
     is_quiet: bool,
 ) -> tuple[str | None, str]:
     """(the first of some flat layouts in which models give the log-probabilities of the padded one, or None; why, in
-    words). The models are left as they read it.
+    words). The models have to be told by `attention.attend_by_segments`.
 
     Args: models, the policy and perhaps a reference; collator, of the padded layout; rows, tokenised, by length;
     batch_size, how many of them a forward pass may have; is_quiet, whether no dropout is left in the policy.
@@ -146,8 +145,6 @@ def first_exact_layout(
                 if error > TOLERANCE:
                     break
             if error <= TOLERANCE:
-                for model in models:
-                    attend_by_segments(model)
                 return layout, "; ".join([f"as padded to {error:.0e} nats a token", *why])
             why.append(f"{layout} differs from padded by {error:.2g} nats a token")
         except ValueError as error:
@@ -177,7 +174,7 @@ def layout_error(
     is_quiet, whether no dropout is left, so that it must give the same.
     Raises: ValueError if the model cannot read such rows.
     """
-    was_training, device = model.training, next(model.parameters()).device
+    device = next(model.parameters()).device
     padded, flat, long = (
         moved(replace(collator, layout=each)(of), device)
         for each, of in (("padded", rows), (layout, rows), (layout, [*company, *rows]))
@@ -194,24 +191,28 @@ def layout_error(
         return token_logps(logits, batch["targets"])
 
     try:
-        with in_float32(model), torch.autocast(device.type, enabled=False), torch.random.fork_rng(), no_zeros(model):
-            attend_as_before(model.eval())
-            expected = logps(padded)
-            attend_by_segments(model)
-            found = [logps(padded), logps(long)]
-            if trains:
-                model.train()
-                trained = logps(flat)
-                found += [trained] if is_quiet else []
-        if not is_exact(model, device):  # on a GPU another kernel computes attention in 16 bits
-            model.eval()
-            rough, other = logps(long), logps(padded)
-            if not (rough - other).abs().mean() < ROUGHLY * other.abs().mean():
-                raise ValueError("in its own precision it is far from padded")
+        with modes_kept(model):
+            with (
+                in_float32(model),
+                torch.autocast(device.type, enabled=False),
+                torch.random.fork_rng(),
+                no_zeros(model),
+            ):
+                attend_as_before(model.eval())
+                expected = logps(padded)
+                attend_by_segments(model)
+                found = [logps(padded), logps(long)]
+                if trains:
+                    model.train()
+                    trained = logps(flat)
+                    found += [trained] if is_quiet else []
+            if not is_exact(model, device):  # on a GPU another kernel computes attention in 16 bits
+                model.eval()
+                rough, other = logps(long), logps(padded)
+                if not (rough - other).abs().mean() < ROUGHLY * other.abs().mean():
+                    raise ValueError("in its own precision it is far from padded")
     except Exception as error:  # of one of many families' own ways to fail
         raise ValueError(f"{type(unwrap(model)).__name__} cannot read it: {first_line(error)}") from error
-    finally:
-        model.train(was_training)
     error = float((torch.stack(found) - expected).abs().max())
     return error if math.isfinite(error) else math.inf
 
@@ -239,17 +240,26 @@ def head_error(model: torch.nn.Module, batch: dict) -> float:
     """The largest difference, in nats of a token, that it makes to work out the logits in chunks, in float32: none,
     unless a family does something to its logits that `logprobs.scale_and_cap` does not know."""
     inputs, targets = batch["inputs"], batch["targets"]
-    was_training, device = model.training, targets.device.type
     try:
-        with in_float32(model), torch.autocast(device, enabled=False):
+        with modes_kept(model), in_float32(model), torch.autocast(targets.device.type, enabled=False):
             whole = token_logps(forward_kept_positions(model.eval(), inputs)[1], targets)
             _, parts, _ = forward_in_chunks(model, inputs, targets, chunk=len(targets) // 3 + 1, aligned=False)
     except Exception:  # of one of many families' own ways to fail
         return math.inf
-    finally:
-        model.train(was_training)
     difference = float((whole - parts).abs().max())
     return difference if math.isfinite(difference) else math.inf
+
+
+@contextmanager
+def modes_kept(model: torch.nn.Module):
+    """Afterwards each module of a model trains, or evaluates, as it did: in a reference layers of bitsandbytes train
+    beside others that do not (see `reference.without_dropout`)."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, trains in modes:
+            module.training = trains
 
 
 @contextmanager
@@ -348,7 +358,7 @@ def generation_error(model, rows: list[dict], collator: DataCollatorForPreferenc
     Args: rows, tokenised, whose chosen completions it is made to say; collator, of the padded layout.
     Raises: ValueError if the model cannot generate.
     """
-    was_training, device = model.training, next(model.parameters()).device
+    device = next(model.parameters()).device
     first, *forced = collator.decoder_start_ids or [None]
     said = [[*forced, *row["chosen_input_ids"]] for row in rows]
     steps = min(6, *map(len, said))
@@ -357,18 +367,18 @@ def generation_error(model, rows: list[dict], collator: DataCollatorForPreferenc
     options = {"do_sample": False, "num_beams": 1, "max_new_tokens": steps, "pad_token_id": collator.pad_token_id}
     options |= {"output_logits": True, "return_dict_in_generate": True}
     try:
-        with without_aux_loss(model.eval()):
-            made = model.generate(
-                **prompt, **options, prefix_allowed_tokens_fn=lambda row, ids: [said[row][len(ids) - before]]
-            )
-        cut = [
-            {**row, "chosen_input_ids": row["chosen_input_ids"][: steps - len(forced)], "scored": []} for row in rows
-        ]
-        _, logits = forward_kept_positions(model, moved(collator(cut), device)["inputs"])
+        with modes_kept(model):
+            with without_aux_loss(model.eval()):
+                made = model.generate(
+                    **prompt, **options, prefix_allowed_tokens_fn=lambda row, ids: [said[row][len(ids) - before]]
+                )
+            cut = [
+                {**row, "chosen_input_ids": row["chosen_input_ids"][: steps - len(forced)], "scored": []}
+                for row in rows
+            ]
+            _, logits = forward_kept_positions(model, moved(collator(cut), device)["inputs"])
     except Exception as error:  # one of many families' own ways to generate, or it has none
         raise ValueError(f"{type(unwrap(model)).__name__} cannot generate: {first_line(error)}") from error
-    finally:
-        model.train(was_training)
     trained = logits[: len(rows) * (steps - len(forced))].unflatten(0, (len(rows), -1))
     difference = torch.stack(made.logits[len(forced) :], dim=1).float() - trained.float()
     return float(difference.nan_to_num(0.0, 0.0, 0.0).abs().max())  # what both exclude is equal

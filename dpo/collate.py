@@ -193,7 +193,7 @@ def padding_free_batch(batch: dict[str, torch.Tensor], padding_value: int = 0) -
         input_ids, position_ids: (1, U) int64; positions begin with 0 in each sequence.
         attention_mask: (1, 1, N, 3) int64, the N segments as attention.py has them; each sees itself only.
         logits_to_keep: (M,) int64, what predicts targets, in their order.
-    Needs: flat_batch, and what it needs.
+    Needs: flat_batch, concatenated_inputs, scored_tokens, is_of_tokens, go_on, numbers_of.
     """
     return flat_batch(batch, padding_value, shares=False)
 
@@ -208,7 +208,7 @@ def prefix_shared_batch(batch: dict[str, torch.Tensor], padding_value: int = 0) 
         position_ids  0  1  2  3  2  3  4         kept      x₂ w₁  x₂ l₁ l₂
 
     Returns: as `padding_free_batch`. Source: Wang and Hegde 2024 (arXiv 2410.20305).
-    Needs: flat_batch, and what it needs.
+    Needs: flat_batch, concatenated_inputs, scored_tokens, is_of_tokens, go_on, numbers_of.
     """
     return flat_batch(batch, padding_value, shares=True)
 

@@ -336,11 +336,12 @@ def part_lengths(rows: Dataset) -> list[tuple[int, list[int]]]:
     counts = []
     for part in rows.select_columns(list(IDS)).with_format("arrow").iter(batch_size=1000):
         prompt, chosen, rejected = (part[name].combine_chunks() for name in IDS)
-        several = isinstance(rejected.type.value_type, pa.ListType)
-        numbers = [[len(ids) for ids in each] for each in rejected] if several else pc.list_value_length(rejected)
-        for one in zip(pc.list_value_length(prompt), pc.list_value_length(chosen), numbers, strict=True):
-            prompt_tokens, chosen_tokens = one[0].as_py(), one[1].as_py()
-            counts.append((prompt_tokens, [chosen_tokens, *(one[2] if several else [one[2].as_py()])]))
+        lengths = [pc.list_value_length(each).to_pylist() for each in (prompt, chosen)]
+        if isinstance(rejected.type.value_type, pa.ListType):  # several
+            others = [[len(ids) for ids in each] for each in rejected.to_pylist()]
+        else:
+            others = [[count] for count in pc.list_value_length(rejected).to_pylist()]
+        counts += [(own, [best, *rest]) for own, best, rest in zip(*lengths, others, strict=True)]
     return counts
 
 

@@ -132,10 +132,12 @@ def call(model: torch.nn.Module, inputs: dict[str, torch.Tensor]):
 def forward_in_chunks(
     model: torch.nn.Module, inputs: dict[str, torch.Tensor], targets: torch.Tensor, *, chunk: int, aligned: bool
 ):
-    """(the model's output, without logits; `token_logps`; `wpo_alignment`, if aligned), with the logits of so many
-    positions in memory at a time. The head, a torch.nn.Linear, is replaced for one forward pass; whether that is all
-    that a family does to its logits says `checks.head_error`."""
-    head, config, results = output_head(model), text_config(model), []
+    """(the model's output, without logits; `token_logps` (M,); `wpo_alignment` (M,), zeros unless aligned), with the
+    logits of so many positions in memory at a time. The head, a torch.nn.Linear, is replaced for one forward pass;
+    whether that is all that a family does to its logits says `checks.head_error`.
+    Needs: output_head, transformers_model, scale_and_cap, call, takes, ChunkedLogps, head_logits, add_product,
+    token_logps, wpo_alignment."""
+    head, config, results = output_head(model), transformers_model(model).config.get_text_config(), []
 
     def in_chunks(hidden: torch.Tensor) -> torch.Tensor:
         if hidden.shape[:-1].numel() != len(targets):  # the model leaves no position out
@@ -236,20 +238,20 @@ def positions_within(model: torch.nn.Module, budget: float) -> int:
 
 
 def output_head(model: torch.nn.Module) -> torch.nn.Linear | None:
-    """The layer that makes logits of hidden states, where it is a plain linear one."""
-    own = next((m for m in model.modules() if hasattr(m, "get_output_embeddings")), None)
+    """The layer that makes logits of hidden states, where it is a plain linear one. Needs: transformers_model."""
+    own = transformers_model(model)
     head = None if own is None else own.get_output_embeddings()
     return head if type(head) is torch.nn.Linear else None
 
 
-def text_config(model: torch.nn.Module):
-    """The configuration of the language model in a model of transformers."""
-    return next(m for m in model.modules() if hasattr(m, "get_output_embeddings")).config.get_text_config()
+def transformers_model(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The model of transformers inside the wrappers around it."""
+    return next((m for m in model.modules() if hasattr(m, "get_output_embeddings")), None)
 
 
 def scale_and_cap(config) -> tuple[float, float | None]:
-    """What a family does to its logits, by the names that configurations have for it (Cohere, Falcon-H1, Granite;
-    Gemma, RecurrentGemma, xLSTM)."""
+    """(s, c) of what a family does to its logits, c·tanh(s·logit/c), c None without a cap: by the names that
+    configurations have for it (Cohere, Falcon-H1, Granite; Gemma, RecurrentGemma, xLSTM)."""
     multipliers = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier")]
     divisor = getattr(config, "logits_scaling", None)
     scale = next((value for value in multipliers if value is not None), 1.0) / (divisor or 1.0)

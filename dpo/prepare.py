@@ -186,7 +186,8 @@ def prepare(
         trial.choose_head(run)
         if args.precompute_ref_log_probs:
             precompute_reference(run)
-        run.steps_per_epoch, epochs = len(plan_epoch(run)), args.num_train_epochs
+        windows = plan_epoch(run)
+        run.steps_per_epoch, epochs = len(windows), args.num_train_epochs
         run.total_steps = args.max_steps if args.max_steps > 0 else math.ceil(epochs * run.steps_per_epoch)
         run.optimizer, run.scheduler = make_optimizers(run.model, optimizers, run.total_steps, args=args)
         run.scaler = torch.amp.GradScaler(world.device.type, enabled=args.fp16)
@@ -195,7 +196,7 @@ def prepare(
             checkpoint.load_checkpoint(resume, world, **checkpointed(run))
             if run.state.step >= run.total_steps:
                 logger.info("%s: all %d steps are done: finished already", run.output_dir, run.total_steps)
-        trial.foresee(run, plan_epoch(run))
+        trial.foresee(run, windows)
         distributed.by_first(lambda: open_outputs(run, trackers, callbacks or [], resume), world)
         if args.profile:
             run.profile = costs.start_profile(run.output_dir / "profile", world.rank)

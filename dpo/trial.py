@@ -88,9 +88,7 @@ def exact_layout(run: "Run", asked: str) -> tuple[str, str]:
     """(the layout asked for, or that which auto takes; why)."""
     own = run.collator
     layout, words = None, "padding_free, prefix_shared: an encoder-decoder reads prompts and completions apart"
-    if getattr(run.model, "is_loaded_in_8bit", False):
-        words = "padding_free, prefix_shared: 8 bits are rounded by what a batch has"
-    elif own.decoder_start_ids is None:
+    if own.decoder_start_ids is None:
         with autocast(run.args, run.world):
             layout, words = checks.first_exact_layout(
                 [each for each in (run.model, run.reference.ref_model) if each is not None],
@@ -118,15 +116,13 @@ def choose_head(run: "Run") -> None:
     """Leaves the head whole, whatever its logits take, where chunks of it would be another model's. Raises: UserError
     if logits_budget was set by the caller."""
     args, reference = run.args, run.reference
+    if not args.logits_budget:
+        return
     lengths = run.train_rows["length"][:]
     shortest = run.train_rows[lengths.index(min(lengths))]
     batch = moved(ready_batch(run.collator([shortest]), run.model), run.world.device)
     sides = [distributed.unwrap(each) for each in (run.model, reference.ref_model) if each is not None]
-    if (
-        getattr(run.model, "is_loaded_in_8bit", False)
-        or not args.logits_budget
-        or all(checks.head_error(model, batch) <= checks.TOLERANCE for model in sides)
-    ):
+    if all(checks.head_error(model, batch) <= checks.TOLERANCE for model in sides):
         return
     if args.logits_budget != DPOConfig.logits_budget:
         kind = type(distributed.unwrap(run.model)).__name__
@@ -159,8 +155,6 @@ def foresee(run: "Run", windows: list) -> None:
         except Exception as error:  # of one of many families' own configurations
             logger.info("utilisation is left out: %s", first_line(error))
     try:
-        if getattr(run.model, "is_loaded_in_8bit", False):
-            raise ValueError("a forward pass changes what 8-bit layers keep")
         run.memory = predict_memory(run, windows)
     except Exception as error:  # of one of many families' own ways to fail: a run does not depend on it
         logger.info("memory: not predicted, %s", first_line(error))
@@ -194,19 +188,15 @@ def predict_memory(run: "Run", windows: list) -> dict[str, float]:
     sizes = {"tokens": max(map(costs.tokens_read, (longest, largest)))}
     sizes["kept"] = max(len(each["targets"]) for each in (longest, largest))
     reference = run.reference.bytes() if run.reference.ref_model is not None else 0  # an adapter is in the policy
-    was_training = run.model.training
-    try:
-        with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
-            return costs.predict_memory(
-                run.model.train(),
-                score,
-                [moved(batch_of(numbers), device) for numbers in two],
-                **sizes,
-                optimizer=costs.optimizer_bytes(run.optimizer),
-                reference=reference,
-                accumulates=max(map(len, windows)) > 1,
-                copies=2 if run.policy is not run.model else 1,
-                chunk=positions_within(run.model, args.logits_budget) if args.logits_budget else sizes["kept"],
-            )
-    finally:
-        run.model.train(was_training)
+    with checks.modes_kept(run.model), torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+        return costs.predict_memory(
+            run.model.train(),
+            score,
+            [moved(batch_of(numbers), device) for numbers in two],
+            **sizes,
+            optimizer=costs.optimizer_bytes(run.optimizer),
+            reference=reference,
+            accumulates=max(map(len, windows)) > 1,
+            copies=2 if run.policy is not run.model else 1,
+            chunk=positions_within(run.model, args.logits_budget) if args.logits_budget else sizes["kept"],
+        )

@@ -3,6 +3,7 @@ the head in chunks is the head; micro-batches by tokens."""
 
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,8 +31,10 @@ from transformers import (
 from dpo import attention, logprobs
 from dpo.attention import attend_as_before, attend_by_segments, attend_segment, attend_varlen
 from dpo.batches import epoch_windows
+from dpo.checks import generation_error, head_error, layout_error
 from dpo.collate import DataCollatorForPreference
 from dpo.data import part_lengths, prepare_dataset
+from dpo.distributed import keep_freed_memory
 from dpo.logprobs import concatenated_forward
 
 FLAT = ["padding_free", "prefix_shared"]
@@ -165,7 +168,7 @@ def test_all_layouts_give_the_log_probabilities_of_each_sequence_alone_and_the_s
 
 
 @pytest.mark.parametrize("layout", FLAT)
-def test_a_row_has_the_same_log_probabilities_alone_and_in_company_to_the_bit(layout):
+def test_a_row_has_the_same_log_probabilities_alone_to_rounding_and_in_other_company_to_the_bit(layout):
     model, collator = make_model(), DataCollatorForPreference(pad_token_id=0, layout=layout)
     attend_by_segments(model)
     together = concatenated_forward(model, collator(PAIRS))
@@ -506,6 +509,28 @@ def test_a_model_is_trained_in_the_layout_that_its_copy_is_asked_in(tmp_path):
         concatenated_forward(other, collated(PAIRS, "prefix_shared"))["chosen_logps"],
         concatenated_forward(run.model, collated(PAIRS, "prefix_shared"))["chosen_logps"],
     )
+
+
+def test_a_try_leaves_each_module_in_its_own_mode():
+    """Of a quantised reference some layers train, so that they take the policy's kernels, and the others do not."""
+    model = make_model().eval()
+    model.model.layers[0].mlp.train()
+    modes = [module.training for module in model.modules()]
+    how = {"company": [], "trains": True, "is_quiet": True}
+    attend_by_segments(model)
+    assert layout_error(model, PAIRS, DataCollatorForPreference(0, "padded"), "prefix_shared", **how) < 1e-4
+    assert head_error(model, collated(PAIRS)) < 1e-4
+    assert generation_error(model, PAIRS[:1], DataCollatorForPreference(0, "padded")) < 1e-3
+    assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
+
+
+@pytest.mark.parametrize(("environment", "calls"), [({}, 2), ({"MALLOC_ARENA_MAX": "2"}, 0)])
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise(environment, calls, monkeypatch):
+    asked = []
+    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(mallopt=lambda *option: asked.append(option)))
+    monkeypatch.setattr("os.environ", environment)
+    keep_freed_memory()
+    assert len(asked) == calls
 
 
 def test_a_layout_that_is_not_exact_is_refused_by_name_and_passed_over_by_auto(tmp_path, monkeypatch):

@@ -579,6 +579,8 @@ def calls(seed: int) -> dict:
         "pad": (dpo.collate, (rows, 9), {"left": True}),
         "concatenated_inputs": (dpo.collate, (batch, 9), {}),
         "padded_batch": (dpo.collate, (batch, 9), {}),
+        "padding_free_batch": (dpo.collate, (batch, 9), {}),
+        "prefix_shared_batch": (dpo.collate, (batch, 9), {}),
         "epoch_windows": (dpo.batches, (lengths.tolist() * 5,), plan),
     }
     for name, function in FUNCTIONS.items():
