@@ -428,7 +428,7 @@ def draw(path: str, results: list, growth: dict) -> None:
         axes.set(xlabel="times faster than padded, as counted operations allow", ylabel="measured")
         axes.legend(fontsize=8)
     if growth:
-        panels = rows[-1].subplots(1, columns, squeeze=False)[0]
+        panels = rows[-1].subplots(1, columns, squeeze=False, gridspec_kw={"wspace": 0.35})[0]
         for axes, (axis, points) in zip(panels, growth.items(), strict=True):
             for layout in ("padded", "prefix_shared"):
                 known = [(value, own[layout]["seconds"]) for value, own in points if layout in own]
