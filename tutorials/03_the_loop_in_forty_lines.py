@@ -118,6 +118,8 @@ plt.show()
 # ## The same by the program
 #
 # `train` gets the same choices as options. Each weight of its model is compared with ours, and each number of its log.
+# Left to itself it would lay the pairs out without padding and each prompt once, which is faster: the same sums, in
+# another order, so that the last bits would differ.
 
 # %%
 args = DPOConfig(
@@ -130,6 +132,7 @@ args = DPOConfig(
     lr_scheduler_type="cosine",
     warmup_ratio=0.1,
     per_device_train_batch_size=batch_size,
+    layout="padded",
     max_steps=steps,
     logging_steps=1,
     save_strategy="no",
@@ -162,7 +165,7 @@ print(f"{len(history)} rows of metrics: equal")
 # 1. Cut a batch of 16 into parts of 4 and 12: forward and backward for one after the other, then one optimizer step. By
 #    what must the *sum* of each part's losses be divided, so that the gradient is that of the whole batch?
 # 2. Put IPO in the place of DPO's loss: `loss_type="ipo"` (with β = 0.1). Where does its loss start?
-# 3. Train an adapter only: `add_adapter(policy, {"r": 8})` of `dpo.models`, and `Reference(policy)` without a copy: the
+# 3. Train an adapter only: `add_adapter(policy, {"r": 8})` of `dpo.adapters`, and `Reference(policy)` without a copy: the
 #    reference is the policy with its adapter off. How many numbers does it train?
 
 
