@@ -165,8 +165,8 @@ print(f"{len(history)} rows of metrics: equal")
 # 1. Cut a batch of 16 into parts of 4 and 12: forward and backward for one after the other, then one optimizer step. By
 #    what must the *sum* of each part's losses be divided, so that the gradient is that of the whole batch?
 # 2. Put IPO in the place of DPO's loss: `loss_type="ipo"` (with β = 0.1). Where does its loss start?
-# 3. Train an adapter only: `add_adapter(policy, {"r": 8})` of `dpo.adapters`, and `Reference(policy)` without a copy: the
-#    reference is the policy with its adapter off. How many numbers does it train?
+# 3. Train an adapter only: `add_adapter(policy, {"r": 8})` of `dpo.adapters`, and `Reference(policy)` without a copy:
+#    the reference is the policy with its adapter off. How many numbers does it train?
 
 
 # %%
