@@ -231,7 +231,7 @@ def clip_gradient(run: Run, micro_batches: list[dict]) -> torch.Tensor:
     while the weights are still good (float16's scaler leaves such a step out by itself)."""
     run.scaler.unscale_(run.optimizer)
     trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained, run.args.max_grad_norm or math.inf)
+    grad_norm = distributed.clip_gradients(trained, run.args.max_grad_norm or math.inf)
     if not run.args.fp16 and not torch.isfinite(grad_norm):
         indices = distributed.gather_lists([i for batch in micro_batches for i in batch["index"].tolist()], run.world)
         rows = "; ".join(run.train_rows[i]["source"] for i in sorted(indices)[:8] if i >= 0)
@@ -333,6 +333,9 @@ def rest_of_epoch(run: Run):
         for pairs, batches in load_windows(run.train_rows, windows, run.world, run.collator, **workers):
             if number := distributed.agree(run.signals, run.world):
                 leave(run, number)
+            if run.saving and run.saving.written.done() and run.world.rank == 0:
+                with naming_the_last_good(run):  # the others hear of a failure at the next save, or by torchrun
+                    checkpoint.result_of(run.saving)
             batches = [ready_batch(batch, run.model) for batch in batches]
             costs.count(run.state.sums, batches, run.prices, rate=run.matrix_rate)
             costs.between_steps(run.profile, run.state.sums)
@@ -389,22 +392,39 @@ def naming_the_last_good(run: Run):
 
 
 def save(run: Run, *, whole: bool = False) -> None:
-    """Writes checkpoint-N, whole or as the options say, and deletes the ones beyond save_total_limit."""
+    """Begins to write checkpoint-N, whole or as the options say; once it is there the ones beyond save_total_limit
+    go."""
     only_model = run.args.save_only_model and not whole
     options = {"processing_class": run.processing_class, "only_model": only_model}
     directory = run.output_dir / f"checkpoint-{run.state.step}"
+    end_saving(run)
     with naming_the_last_good(run):
-        checkpoint.save_checkpoint(directory, run.world, **options, **checkpointed(run))
+        run.saving = checkpoint.begin_checkpoint(directory, run.world, **options, **checkpointed(run))
+
+
+def end_saving(run: Run) -> None:
+    """Waits, in all processes, for the checkpoint that is being written, if any."""
+    if run.saving:
+        with naming_the_last_good(run):
+            checkpoint.end_checkpoint(run.saving, run.world)
+        tidy(run)
+
+
+def tidy(run: Run) -> None:
+    """What follows a checkpoint that has been written: in the first process older ones go."""
     if run.world.rank == 0:
         best = run.state.best and run.state.best["step"]
         checkpoint.prune_checkpoints(run.output_dir, run.args.save_total_limit, best)
         note_files(run, "training")
+    run.saving = None
 
 
 def leave(run: Run, number: int) -> None:
     """What a run does that was told to stop: saves a checkpoint to go on from, says how, exits with 128 + number."""
+    end_saving(run)
     if not (run.output_dir / f"checkpoint-{run.state.step}" / "state.pt").exists():
         save(run, whole=True)
+        end_saving(run)
     run.bar.close()
     how = f"go on with --resume_from_checkpoint true --output_dir {run.output_dir}"
     logger.warning("stopped by %s after step %d: %s", signal.Signals(number).name, run.state.step, how)
@@ -428,9 +448,10 @@ def finish(run: Run) -> None:
     """Leaves the model, the last or the best, the reward graph and the model card in output_dir."""
     args, output_dir, world, names = run.args, run.output_dir, run.world, []
     run.bar.close()
+    end_saving(run)
     tell_costs(run)
     if args.load_best_model_at_end and run.state.best:
-        checkpoint.load_weights(output_dir / f"checkpoint-{run.state.best['step']}", run.model)
+        checkpoint.load_weights(output_dir / f"checkpoint-{run.state.best['step']}", world, run.model)
     with naming_the_last_good(run):
         if world.rank == 0:
             note_files(run, "training", [files.FINAL])

@@ -27,6 +27,7 @@ from dpo.build import (
     build_reference,
     check_schedule,
     compile_models,
+    in_shards,
     loss_names,
     make_collator,
     make_optimizers,
@@ -102,6 +103,7 @@ class Run:
     memory_base: float | None = None  # see `costs.begin_measuring`
     profile: torch.profiler.profile | None = None
     signals: list[int] = field(default_factory=list)  # that told the run to stop
+    saving: checkpoint.Saving | None = None  # the checkpoint that is being written
     lock: object = None  # the open file that keeps other runs out of output_dir
     bar: tqdm | None = None
     rows: list[dict] = field(default_factory=list)  # all metrics rows
@@ -131,7 +133,8 @@ def prepare(
         raise UserError(f"args is a {type(args).__name__}: pass a dpo.config.DPOConfig")
     args = dataclasses.replace(args or DPOConfig())  # checked once more: an option may have been set since
     with user_errors():
-        world = distributed.setup(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout=args.ddp_timeout)
+        how = {"use_cpu": args.use_cpu, "backend": args.ddp_backend, "timeout": args.ddp_timeout}
+        world = distributed.setup(**how, shards=args.fsdp is not None)
         logger.setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
         run = Run(args, world, Path(args.output_dir), compute_metrics)
         check_machine(world, args=args)
@@ -178,9 +181,11 @@ def prepare(
                 checks.check_rows_fit(each, largest=largest, longest=longest)
         set_seed(args.seed + world.rank, deterministic=args.full_determinism)  # each process its own dropout
         unused = args.ddp_find_unused_parameters or sees(run.processing_class)  # a batch may have no picture
-        run.policy = distributed.lay_out(run.model, world, trains=True, find_unused_parameters=unused)
-        if run.reference.ref_model is not None:
-            run.reference.ref_model = distributed.lay_out(run.reference.ref_model, world, trains=False)
+        shards = in_shards(args)
+        run.policy = distributed.lay_out(run.model, world, trains=True, find_unused_parameters=unused, shards=shards)
+        if run.reference.ref_model not in (None, run.model):
+            ref_model = distributed.lay_out(run.reference.ref_model, world, trains=False, shards=shards)
+            run.reference.ref_model = ref_model
         trial.check_reading(run)
         run.layout = trial.choose_layout(run, collator_is_given=data_collator is not None)
         trial.choose_head(run)
@@ -222,6 +227,8 @@ def check_machine(world: World, *, args: DPOConfig) -> None:
         for option in ("ddp_backend", "ddp_timeout", "ddp_find_unused_parameters"):
             if getattr(args, option) != getattr(DPOConfig, option):
                 raise UserError(f"{option} does nothing in a single process: leave it out, or start more of them")
+    if args.fsdp_offload and world.device.type == "cpu":
+        raise UserError("fsdp_offload does nothing on a CPU, where shards are in the host's memory: leave it out")
     known = torch.compiler.list_backends(exclude_tags=()) if args.torch_compile_backend else []
     if args.torch_compile_backend and args.torch_compile_backend not in known:
         raise UserError(f"torch_compile_backend {args.torch_compile_backend!r}: choose one of {', '.join(known)}")
@@ -482,9 +489,9 @@ def eyes_in_words(processing_class) -> str:
 
 
 def checkpointed(run: Run) -> dict:
-    """What a checkpoint keeps of a run, as `save_checkpoint` and `load_checkpoint` name it."""
-    stateful = {key: getattr(run, key) for key in ("optimizer", "scheduler", "scaler", "reference")}
-    return {"model": run.model, "state": run.state, "stateful": stateful, "same_run": run.same_run}
+    """What a checkpoint keeps of a run, as `begin_checkpoint` and `load_checkpoint` name it."""
+    own = {key: getattr(run, key) for key in ("model", "state", "optimizer", "reference", "same_run")}
+    return own | {"plain": {"scheduler": run.scheduler, "scaler": run.scaler}}
 
 
 def what_matters(run: Run) -> dict:
