@@ -5,25 +5,29 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from dpo import files
-from dpo.distributed import World, barrier, by_first, gather_lists, unwrap
+from dpo.distributed import World, barrier, by_first, gather_lists, group_of_threads, unwrap
 from dpo.models import not_finite
 from dpo.rows import first_line
 from dpo.sharding import gather
 
 logger = logging.getLogger("dpo")
 SHARDS = "state"  # the folder in a checkpoint that torch.distributed.checkpoint writes
+# How a step's pairs are shared out, which changes where a run goes on with another number of processes.
+OF_PROCESSES = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
+AT_ONCE = 2.0  # seconds: what is written faster is waited for, so that whatever comes next finds it
 
 
 @dataclass
@@ -128,15 +132,12 @@ def begin_checkpoint(
     Args: state, this process's; plain, whatever else has a state_dict, by name; same_run, what a run must have in
     common with this one to go on from here; only_model, save nothing to go on from but the weights.
     """
-    unfinished = by_first(lambda: files.begin_aside(directory), world)
-    tensors, small = to_go_on(model, optimizer, reference)
     weights, own = exported(model, world, copy=True), {"state": state.state_dict(), "random": _random_states()}
+    tensors, small = to_go_on(model, optimizer, reference)
+    unfinished = by_first(lambda: files.begin_aside(directory), world)
     small = {"optimizer": small, "same_run": same_run, "ranks": gather_lists([own], world)}
     small |= {key: each.state_dict() for key, each in plain.items()}
-    # The threads meet in a group of their own: no collective of the training's may come in between.
-    how = {"process_group": world.background, "no_dist": world.background is None}
-    how |= {"checkpoint_id": unfinished / SHARDS}
-    shards = dcp.async_save({"model": tensors["model"]} if only_model else tensors, **how)
+    shards = dcp.async_save({"model": tensors["model"]} if only_model else tensors, **_at(unfinished, world))
 
     def finish() -> None:
         write_model(unfinished, model, weights, processing_class)
@@ -145,7 +146,10 @@ def begin_checkpoint(
         shards.result()
         files.end_aside(unfinished, directory)
 
-    return Saving(directory, in_background(finish) if world.rank == 0 else shards)
+    saving = Saving(directory, in_background(finish) if world.rank == 0 else shards)
+    if world.rank == 0:
+        wait([saving.written], timeout=AT_ONCE)
+    return saving
 
 
 def end_checkpoint(saving: Saving, world: World) -> None:
@@ -235,12 +239,19 @@ def load_weights(directory: Path, world: World, model: torch.nn.Module) -> None:
 def _read(directory: Path, tensors: dict, world: World) -> None:
     """Reads each process's share of a checkpoint into tensors."""
     try:
-        how = {"process_group": world.background, "no_dist": world.background is None}
-        dcp.load(tensors, checkpoint_id=directory / SHARDS, **how)
+        dcp.load(tensors, **_at(directory, world))
     except Exception as error:  # one of torch's own many
         raise ValueError(
             f"{directory / SHARDS} does not fit this run's model and optimizer: {first_line(error)}"
         ) from error
+
+
+def _at(directory: Path, world: World) -> dict:
+    """Where torch.distributed.checkpoint writes and reads, and who takes part."""
+    where = {"checkpoint_id": directory / SHARDS}
+    if world.size == 1:
+        return where | {"no_dist": True}
+    return where | {"process_group": group_of_threads(dist.group.WORLD)}
 
 
 def check_same_run(directory: Path, same_run: dict) -> dict:
@@ -250,7 +261,9 @@ def check_same_run(directory: Path, same_run: dict) -> dict:
     before = saved["same_run"]
     if not same_run.keys() <= before.keys():
         raise ValueError(f"resume_from_checkpoint {directory}: another version of this code saved it")
-    differing = [f"{key} {before.get(key)} (now {now})" for key, now in same_run.items() if now != before.get(key)]
+    free = OF_PROCESSES if before["processes"] != same_run.get("processes") else ()
+    now = {key: value for key, value in same_run.items() if key not in free}
+    differing = [f"{key} {before.get(key)} (now {value})" for key, value in now.items() if value != before.get(key)]
     if differing:
         raise ValueError(f"resume_from_checkpoint {directory}: it is of another run, with {', '.join(differing)}")
     return saved

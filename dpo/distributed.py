@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,13 +22,11 @@ from dpo import sharding
 
 
 class World(NamedTuple):
-    """Which process this is (rank of size), the device that it computes on, and the group in which threads meet that
-    save in the background; None where no other process is."""
+    """Which process this is (rank of size), and the device that it computes on."""
 
     rank: int
     size: int
     device: torch.device
-    background: dist.ProcessGroup | None = None
 
 
 def setup(*, use_cpu: bool = False, backend: str | None = None, timeout: int = 1800, shards: bool = False) -> World:
@@ -45,10 +44,16 @@ def setup(*, use_cpu: bool = False, backend: str | None = None, timeout: int = 1
     if (size > 1 or shards) and not dist.is_initialized():
         of_devices = "cpu:gloo,cuda:nccl" if shards else "nccl"  # shards may be kept in the host's memory
         backend = backend or (of_devices if gpu else "gloo")
-        alone = {} if size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        alone = {} if size > 1 else {"store": dist.TCPStore("localhost", 0, 1, True), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), **alone)
-    background = dist.new_group(backend="gloo") if dist.is_initialized() else None
-    return World(int(os.environ.get("RANK", 0)), size, device, background)
+    return World(rank=int(os.environ.get("RANK", 0)), size=size, device=device)
+
+
+@cache
+def group_of_threads(_processes: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A second group of all processes, of their hosts, for what goes on in the background: no collective of the
+    training's may come in between."""
+    return dist.new_group(backend="gloo")
 
 
 def keep_freed_memory() -> None:

@@ -88,6 +88,7 @@ class Run:
     policy: torch.nn.Module | None = None  # the same, as it is laid out over the processes
     reference: Reference | None = None
     starts_equal: bool = False  # whether policy and reference must agree before the first step
+    pairs_per_step: int = 0  # of all processes
     steps_per_epoch: int = 0
     total_steps: int = 0
     optimizer: torch.optim.Optimizer | None = None
@@ -157,6 +158,7 @@ def prepare(
         check_arguments(model, ref_model, *given, compute_metrics, args=args)
         peft_config = adapter_config(model, peft_config, args=args)
         resume = claim_output(run, ref_model)
+        run.pairs_per_step = pairs_per_step(run, resume)
         hub = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
         run.processing_class = processing_class or models.load_processor(name, **hub)
         run.today = distributed.from_first(run.today, world)
@@ -441,6 +443,7 @@ def plan_epoch(run: Run, epoch: int = 0, *, drop_last: bool | None = None) -> li
         seed=(args.seed if args.data_seed is None else args.data_seed) + epoch,
         group_by_length=args.group_by_length,
         drop_last=args.dataloader_drop_last if drop_last is None else drop_last,
+        window_size=run.pairs_per_step,
         **by_tokens,
     )
     if not windows:
@@ -482,6 +485,18 @@ def precompute_reference(run: Run) -> None:
         logger.info("with precompute_ref_log_probs there is no reference to answer: the policy's answers are shown")
 
 
+def pairs_per_step(run: Run, resume: Path | None) -> int:
+    """The pairs of an optimizer step. A run that goes on with another number of processes keeps to those that it had:
+    the same pairs make up the same steps, in other batches."""
+    own = run.args.per_device_train_batch_size * run.args.gradient_accumulation_steps * run.world.size
+    before = checkpoint.read_state(resume)["same_run"] if resume else {}
+    if before.get("processes", run.world.size) == run.world.size:
+        return own
+    now = f"{before['processes']} processes before, {run.world.size} now"
+    logger.info("%s: the same %d pairs a step, the same numbers but for rounding", now, before["pairs_per_step"])
+    return before["pairs_per_step"]
+
+
 def eyes_in_words(processing_class) -> str:
     """What a processor makes of pictures; nothing of a tokenizer."""
     eyes = getattr(processing_class, "image_processor", None)
@@ -520,7 +535,8 @@ def what_options_matter(run: Run) -> dict:
     args, rows = run.args, run.train_rows
     if args.precompute_ref_log_probs:  # what was worked out follows from the rest
         rows = rows.remove_columns([name for name in CACHED if name in rows.column_names])
-    same_run = {"processes": run.world.size, "today": run.today, "rows": fingerprint(rows)}
+    same_run = {"processes": run.world.size, "pairs_per_step": run.pairs_per_step}
+    same_run |= {"today": run.today, "rows": fingerprint(rows)}
     same_run["pictures"] = hashlib.sha256(eyes_in_words(run.processing_class).encode()).hexdigest()[:16]
     for option in ("model_init_kwargs", "ref_model_init_kwargs"):
         same_run[option] = str(report.portable(getattr(args, option)))
@@ -575,8 +591,7 @@ def open_outputs(run: Run, trackers: dict, callbacks: list[Callable], resume: Pa
     files.write_whole(output_dir / "metrics.jsonl", "".join(map(report.as_line, run.rows)))
     report.write_config(output_dir, options)
     run.receivers = [partial(report.append_row, output_dir / "metrics.jsonl"), *trackers, *callbacks]
-    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * run.world.size
-    logger.info("%d rows, %d steps of %d rows", len(run.train_rows), run.total_steps, pairs)
+    logger.info("%d rows, %d steps of %d rows", len(run.train_rows), run.total_steps, run.pairs_per_step)
     logger.info("layout: %s", run.layout)
     if run.memory:
         total, *own = (costs.in_words(run.memory[name]) for name in ("peak", *costs.PARTS))

@@ -21,7 +21,6 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
 from dpo.collate import ready_batch
 from dpo.logprobs import concatenated_forward
-from dpo.sharding import local
 
 logger = logging.getLogger("dpo")
 CACHED = ("ref_chosen_logps", "ref_rejected_logps")  # columns of rows, and their names in a batch
@@ -90,10 +89,10 @@ class Reference:
     def bytes(self) -> int:
         """The memory that it takes beside the policy's."""
         if self.ref_model is not None:
-            shared = {local(parameter).data_ptr() for parameter in self.policy.parameters()}
-            own = [local(parameter) for parameter in self.ref_model.parameters()]
+            shared = {held(parameter).data_ptr() for parameter in self.policy.parameters()}
+            own = [held(parameter) for parameter in self.ref_model.parameters()]
             return sum(p.nbytes for p in own if p.data_ptr() not in shared)
-        return sum(local(own).nbytes for _, own in self.pairs().values()) if self.ref_adapter_name else 0
+        return sum(held(own).nbytes for _, own in self.pairs().values()) if self.ref_adapter_name else 0
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What of it belongs into a checkpoint: the weights of a reference that moves; else it is made anew."""
@@ -103,6 +102,11 @@ class Reference:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         for name, (_, own) in self.pairs().items() if self.sync_steps else ():
             own.copy_(state[name])
+
+
+def held(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor: of one in shards its own."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def frozen_copy(policy: torch.nn.Module) -> torch.nn.Module:
@@ -268,7 +272,8 @@ def reference_digest(reference: Reference, *, read: str) -> str:
             path = ".".join("adapter" if part == name else part for part in parts)
             weights[re.sub(r"^base_model\.model\.|\.base_layer(?=\.)|\.original_module(?=\.)", "", path)] = tensor
     for path in sorted(weights):
-        tensor = weights[path].detach().cpu().contiguous()
+        tensor = weights[path].detach()
+        tensor = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
         digest.update(f"{path} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
