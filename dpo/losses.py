@@ -399,6 +399,7 @@ def takers(*parameters: str) -> tuple[str, ...]:
 
 OF_RANKINGS = takers("ratios")  # they take two or more completions of a prompt
 OVER_THE_BATCH = takers("batch_w", "batch_policy_h")  # one value a quantile; want the global batch
+BEYOND_THE_PAIR = (*OVER_THE_BATCH, *takers("bco_delta"))  # want to see all pairs of an optimizer step
 WITH_F_DIVERGENCE = takers("h", "mean_h", "ratios")  # built on log-ratios that another divergence may replace
 WITH_REFERENCE = takers("w", "h", "mean_h", "ratios", "batch_w", "batch_policy_h")  # the others never look at π_ref
 
