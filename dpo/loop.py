@@ -146,8 +146,7 @@ def get_batch_loss_metrics(
     ref_logps = window.ref_logps if window else reference(batch)
     pairs, pair_weights, tokens = counted_pairs(batch, policy_logps, ref_logps)
     if window is None and names & set(BEYOND_THE_PAIR):  # the batch, beside those of the other processes, is all of it
-        centred = state if train_eval == "train" else None
-        (window,) = open_window([pairs], [ref_logps], world, centred, beta=args.beta)
+        (window,) = open_window([pairs], [ref_logps], world, state if train_eval == "train" else None, beta=args.beta)
 
     (all_pairs, own), parts = among_others(pairs, window), {}  # own: this batch's
     losses, chosen_rewards, rejected_rewards = dpo_loss(**all_pairs, **loss_options(args, state), parts=parts)
@@ -238,7 +237,8 @@ def evaluate(
     compute_metrics=None,
 ) -> dict[str, float]:
     """The metrics of `get_batch_loss_metrics` over a whole tokenised dataset, each pair counted once whatever the batch
-    size and the number of processes; and those of compute_metrics. Keys begin with prefix."""
+    size and the number of processes; and those of compute_metrics. Keys begin with prefix. (The loss of AOT alone goes
+    by both: it sorts each batch, of all processes.)"""
     without_dropout(model)
     sizes = {"batch_size": args.per_device_eval_batch_size, "world_size": world.size}
     windows = epoch_windows(dataset["length"][:], **sizes, shuffle=False, group_by_length=True)
