@@ -123,9 +123,10 @@ def by_first(action: Callable, world: World):
 def gather_rows(values: dict[str, torch.Tensor], world: World) -> tuple[dict[str, torch.Tensor], int]:
     """The (n, ...) tensors of all processes, each with its own n, concatenated in the order of ranks, without gradient;
     and where this process's own begin."""
+    values = {name: value.detach() for name, value in values.items()}
     if world.size == 1:
         return values, 0
-    parts = gather_lists([{name: value.detach().cpu() for name, value in values.items()}], world)
+    parts = gather_lists([{name: value.cpu() for name, value in values.items()}], world)
     start = sum(len(next(iter(part.values()))) for part in parts[: world.rank])
     return {name: torch.cat([part[name] for part in parts]).to(world.device) for name in values}, start
 

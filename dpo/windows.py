@@ -57,8 +57,7 @@ def open_window(
 ) -> list[Window]:
     """A window, as each of this process's batches sees it. Before anyone does, the rewards of its pairs join the
     running mean of state, if one is given. Args: parts, the `counted_pairs` of each batch; ref_logps alike."""
-    joined = {name: torch.cat([part[name] for part in parts]).detach() for name in parts[0]}
-    pairs, start = gather_rows(joined, world)
+    pairs, start = gather_rows({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, world)
     if state is not None:
         ratios = [pairs[f"{which}_logps"] - pairs[f"ref_{which}_logps"] for which in ("chosen", "rejected")]
         state.bco_sum += float((beta * torch.cat(ratios)).double().sum())
