@@ -296,6 +296,11 @@ def needs_reference(args: DPOConfig) -> bool:
     return not args.reference_free and bool(set(loss_names(args)) & set(WITH_REFERENCE))
 
 
+def forward_options(args: DPOConfig) -> dict:
+    """The options that the policy's `concatenated_forward` has."""
+    return {name: getattr(args, name) for name in ("ld_alpha", "use_weighting", "logits_budget")}
+
+
 def loss_options(args: DPOConfig, state: TrainingState) -> dict:
     """The options that dpo_loss, or one of the chosen losses, has as parameters."""
     wanted = set(inspect.signature(dpo_loss).parameters).union(*(PARAMETERS[name] for name in loss_names(args)))

@@ -311,7 +311,7 @@ class DPOConfig:
         named, needed = self.ref_adapter_name is not None, bool(refers) and not self.reference_free
         sync, no_eval, schedule = self.sync_ref_model, self.eval_strategy == "no", self.lr_scheduler_type
         evaluation = self.eval_on_start or self.generate_during_eval or self.eval_dataset_name
-        unlike, accumulates = self.eval_strategy != self.save_strategy, self.gradient_accumulation_steps > 1
+        unlike = self.eval_strategy != self.save_strategy
         ld, best = self.ld_alpha is not None, self.load_best_model_at_end
         warms_up, limits = self.warmup_steps or self.warmup_ratio, (self.max_length, self.max_prompt_length)
         eval_steps = self.eval_steps or self.logging_steps
@@ -367,11 +367,6 @@ class DPOConfig:
                 f"use_weighting weighs pairs, {listed} does not: leave one out",
             ),
             (ld and by_rank, f"ld_alpha compares the two of a pair, {listed} ranks more: leave one out"),
-            (
-                sorts and self.max_tokens_per_micro_batch is not None,
-                f"{listed} sorts the whole batch: leave out max_tokens_per_micro_batch",
-            ),
-            (accumulates and sorts, f"{listed} sorts the whole batch: leave out gradient_accumulation_steps"),
             (no_eval and evaluation, "eval_on_start, generate_during_eval and eval_dataset_name need an eval_strategy"),
             (best and (no_eval or unlike), "load_best_model_at_end needs eval_strategy and save_strategy set alike"),
             (schedule in ("reduce_lr_on_plateau", "greedy"), f"lr_scheduler_type {schedule} needs a metric: no use"),

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -149,20 +148,15 @@ def by_first(action: Callable, world: World):
     return result
 
 
-def gather_pairs(values: dict[str, torch.Tensor], world: World) -> tuple[dict[str, torch.Tensor], slice]:
-    """The (B,) tensors of all processes, each with its own B, concatenated in the order of ranks, with their gradients;
-    and where this process's own are among them."""
-    count = len(next(iter(values.values())))
+def gather_rows(values: dict[str, torch.Tensor], world: World) -> tuple[dict[str, torch.Tensor], int]:
+    """The (n, ...) tensors of all processes, each with its own n, concatenated in the order of ranks, without gradient;
+    and where this process's own begin."""
+    values = {name: value.detach() for name, value in values.items()}
     if world.size == 1:
-        return values, slice(0, count)
-    counts = gather_lists([count], world)
-    longest, gathered = max(counts), {}
-    for key, value in values.items():
-        padded = torch.nn.functional.pad(value, (0, longest - count))
-        parts = dist.nn.functional.all_gather(padded)
-        gathered[key] = torch.cat([part[:number] for part, number in zip(parts, counts, strict=True)])
-    start = sum(counts[: world.rank])
-    return gathered, slice(start, start + count)
+        return values, 0
+    parts = gather_lists([{name: value.cpu() for name, value in values.items()}], world)
+    start = sum(len(next(iter(part.values()))) for part in parts[: world.rank])
+    return {name: torch.cat([part[name] for part in parts]).to(world.device) for name in values}, start
 
 
 def gather_lists(values: list, world: World) -> list:
