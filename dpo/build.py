@@ -145,7 +145,9 @@ def in_shards(args: DPOConfig) -> dict | None:
     """How `sharding.shard` lays out policy and reference; None where each process holds all of them."""
     if args.fsdp is None:
         return None
-    return {"block_names": args.fsdp_transformer_layer_cls_to_wrap, "offload": args.fsdp_offload}
+    own = {"block_names": args.fsdp_transformer_layer_cls_to_wrap, "offload": args.fsdp_offload}
+    # Gathered as autocast would have them: else autograd would keep autocast's copies of whole matrices.
+    return own | {"compute_dtype": torch.bfloat16 if args.bf16 else None}
 
 
 def compile_models(model, ref_model, *, args: DPOConfig) -> None:

@@ -320,6 +320,10 @@ class DPOConfig:
             (self.bf16 and self.fp16, "bf16 and fp16 exclude each other: keep one"),
             (self.fp16 and self.fsdp, "fp16 scales the gradients of whole models, not of fsdp's shards: take bf16"),
             (self.fp16 and self.dtype in ("float16", "bfloat16"), "fp16 needs float32 weights: leave out dtype"),
+            (
+                self.fsdp and self.optim not in ("adamw_torch", "adamw_torch_fused", "rmsprop", "sgd"),
+                f"optim {self.optim} needs whole matrices, fsdp has shards: take adamw_torch, or leave out fsdp",
+            ),
             (self.max_steps == 0, "max_steps is 0: it must be at least 1, or -1 for no limit"),
             (
                 schedule == "constant" and warms_up,

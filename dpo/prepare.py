@@ -96,6 +96,7 @@ class Run:
     scaler: torch.amp.GradScaler | None = None
     state: TrainingState = field(default_factory=TrainingState)
     same_run: dict | None = None  # what a run must share with this one to go on from its checkpoints
+    tried: list[torch.nn.Module] = field(default_factory=list)  # in shards, what finds out about layouts
     layout: str = ""  # of the batches, in words
     answers_alone: bool = False  # whether the model must not be asked several prompts at once
     prices: list[dict] = field(default_factory=list)  # of FLOPs, of policy and reference, where they are counted
@@ -184,6 +185,7 @@ def prepare(
         set_seed(args.seed + world.rank, deterministic=args.full_determinism)  # each process its own dropout
         unused = args.ddp_find_unused_parameters or sees(run.processing_class)  # a batch may have no picture
         shards = in_shards(args)
+        run.tried = trial.sides_in_float32(run) if shards else []
         run.policy = distributed.lay_out(run.model, world, trains=True, find_unused_parameters=unused, shards=shards)
         if run.reference.ref_model not in (None, run.model):
             ref_model = distributed.lay_out(run.reference.ref_model, world, trains=False, shards=shards)
@@ -191,6 +193,7 @@ def prepare(
         trial.check_reading(run)
         run.layout = trial.choose_layout(run, collator_is_given=data_collator is not None)
         trial.choose_head(run)
+        run.tried = []
         if args.precompute_ref_log_probs:
             precompute_reference(run)
         windows = plan_epoch(run)

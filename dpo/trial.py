@@ -1,5 +1,6 @@
 """What a run finds out about its model before it trains: does it read the rows, in which layout, at what cost?"""
 
+import copy
 import dataclasses
 import logging
 import math
@@ -11,7 +12,7 @@ import torch
 from dpo import adapters, checks, costs, distributed
 from dpo.attention import attend_by_segments
 from dpo.batches import moved
-from dpo.build import autocast, make_collator
+from dpo.build import autocast, in_shards, make_collator
 from dpo.collate import DataCollatorForPreference, ready_batch
 from dpo.config import DPOConfig, UserError
 from dpo.logprobs import concatenated_forward, positions_within, takes
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # which imports this file
     from dpo.prepare import Run
 
 logger = logging.getLogger("dpo")
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def check_reading(run: "Run") -> None:
@@ -63,6 +65,22 @@ def pictures_of(rows: datasets.Dataset) -> list[int]:
     return [len(each) for each in rows["pictures"][:]] if "pictures" in rows.column_names else [0] * len(rows)
 
 
+def sides_in_float32(run: "Run") -> list[torch.nn.Module]:
+    """Policy and reference, where they are in shards that are gathered in 16 bits copies that gather in float32: on
+    these layouts and heads are tried. To be called before the two are laid out."""
+    args = run.args
+    if not (args.bf16 or any(p.dtype in HALVES for each in sides(run) for p in each.parameters())):
+        return sides(run)
+    shards = {**in_shards(args), "compute_dtype": torch.float32}
+    copies = [copy.deepcopy(each).eval().requires_grad_(False) for each in sides(run)]
+    return [distributed.lay_out(each, run.world, trains=False, shards=shards) for each in copies]
+
+
+def sides(run: "Run") -> list[torch.nn.Module]:
+    """The policy, and the reference where it is another model."""
+    return [each for each in (run.model, run.reference.ref_model) if each is not None]
+
+
 def choose_layout(run: "Run", *, collator_is_given: bool = False) -> str:
     """Gives the collator the layout asked for, or with auto the first of prefix_shared and padding_free that gives the
     log-probabilities of padded, else padded. Returns, in words: which, and why. The first process decides for all.
@@ -94,7 +112,7 @@ def exact_layout(run: "Run", asked: str) -> tuple[str, str]:
     if own.decoder_start_ids is None:
         with autocast(run.args, run.world):
             layout, words = checks.first_exact_layout(
-                [each for each in (run.model, run.reference.ref_model) if each is not None],
+                run.tried if run.args.fsdp else sides(run),
                 dataclasses.replace(own, layout="padded"),
                 ("prefix_shared", "padding_free") if asked == "auto" else (asked,),
                 rows_for_layouts([run.train_rows, *run.eval_sets.values()]),
@@ -124,8 +142,8 @@ def choose_head(run: "Run") -> None:
     lengths = run.train_rows["length"][:]
     shortest = run.train_rows[lengths.index(min(lengths))]
     batch = moved(ready_batch(run.collator([shortest]), run.model), run.world.device)
-    sides = [distributed.unwrap(each) for each in (run.model, reference.ref_model) if each is not None]
-    if all(checks.head_error(model, batch) <= checks.TOLERANCE for model in sides):
+    models = run.tried if args.fsdp else sides(run)
+    if all(checks.head_error(distributed.unwrap(model), batch) <= checks.TOLERANCE for model in models):
         return
     if args.logits_budget != DPOConfig.logits_budget:
         kind = type(distributed.unwrap(run.model)).__name__

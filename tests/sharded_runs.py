@@ -23,6 +23,14 @@ ROWS, EVAL_ROWS = make_rows(21), make_rows(7, seed=1)  # the last window of 8 ha
 SYNCED = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5}
 LORA = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "down_proj"]}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_rows": EVAL_ROWS, "per_device_eval_batch_size": 2}
+SAVED = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2, "logging_steps": 3}
+KEPT = {
+    "full": {},
+    "lora": LORA,
+    "bco": {"loss_type": "bco_pair"},
+    "synced": {**SYNCED, "gradient_checkpointing": True},
+}
+KEPT |= {"4 bits": {**LORA, "load_in_4bit": True}}
 CASES = {
     "full": {"max_grad_norm": 0.5},
     "accumulated": {"gradient_accumulation_steps": 2},
@@ -30,6 +38,8 @@ CASES = {
     "whole object": {"model": lambda folder: AutoModelForCausalLM.from_pretrained(folder / "llama", dtype="float32")},
     "rearranged": {"model": "mixtral"},  # its files have the experts otherwise than the model
     "encoder-decoder": {"model": "bart"},
+    "partly frozen": {"model": lambda folder: partly_frozen(folder)},
+    "rmsprop": {"optim": "rmsprop"},
     "sees": {"model": lambda folder: AutoModelForImageTextToText.from_pretrained(folder / "eyes"), "sees": True},
     "padded": {"layout": "padded"},
     "padding_free": {"layout": "padding_free"},
@@ -51,6 +61,7 @@ CASES = {
     "sorted": {"loss_type": "aot", "gradient_accumulation_steps": 2},
     "bco": {"loss_type": "bco_pair"},
     "ranked": {"loss_type": "plackett_luce", "rows": make_rankings(21)},
+    **{f"saved {name}": {**SAVED, **more} for name, more in KEPT.items()},
     "evaluated": {**EVALUATED, "generate_during_eval": True, "num_samples": 5, "max_new_tokens": 8},
     "evaluated lora": {**LORA, **EVALUATED, "generate_during_eval": True, "num_samples": 5, "max_new_tokens": 8},
 }
@@ -79,6 +90,14 @@ def make_models(folder: Path) -> None:
     processor.save_pretrained(folder / "eyes")
 
 
+def partly_frozen(folder: Path):
+    """A model whose embeddings and first block do not train: a reference may share them."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "llama", dtype="float32")
+    for module in (model.model.embed_tokens, model.model.layers[0]):
+        module.requires_grad_(False)
+    return model
+
+
 def rows_with_pictures() -> list[dict]:
     """Of three rows one has a picture: a process's batch may have none."""
     return [
@@ -93,8 +112,11 @@ def rows_with_pictures() -> list[dict]:
 
 
 def go(folder: Path, name: str, how: str, processes: int, **more):
-    """One run of a case, on so many processes, with a window of 8 pairs."""
-    options = {"model": "llama", "rows": ROWS, "seed": 5, **CASES[name], **more}
+    """One run of a case, on so many processes, with a window of 8 pairs; "CASE@RUN" goes on with another run's second
+    checkpoint, after step 4 of 6."""
+    case, _, run = name.partition("@")
+    options = {"model": "llama", "rows": ROWS, "seed": 5, **CASES[case], **more}
+    options |= {"resume_from_checkpoint": str(folder / run / "checkpoint-4")} if run else {}
     model = options.pop("model")
     model = str(folder / model) if isinstance(model, str) else model(folder)
     if options.pop("sees", False):
@@ -104,7 +126,9 @@ def go(folder: Path, name: str, how: str, processes: int, **more):
     batch = 8 // processes // options.get("gradient_accumulation_steps", 1)
     options |= {"per_device_train_batch_size": batch, "use_cpu": True, "overwrite_output_dir": True}
     options |= {"fsdp": "full_shard"} if how == "fsdp" else {}
-    return start(folder / f"{how}-{processes}-{name}", model, options.pop("rows"), options.pop("eval_rows", None), **options)
+    return start(
+        folder / f"{how}-{processes}-{name}", model, options.pop("rows"), options.pop("eval_rows", None), **options
+    )
 
 
 def told(run) -> list[dict]:
