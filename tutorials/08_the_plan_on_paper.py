@@ -33,8 +33,8 @@ GIB, GB = 2**30, 10**9
 # $$\underbrace{2h^2}_{q,\,o} + \underbrace{2hk}_{k,\,v} + \underbrace{3hm}_{gate,\,up,\,down}$$
 #
 # (Qwen2 adds biases to q, k and v.) Outside are $Vh$ for the table, another $Vh$ for the head unless it is *tied* to
-# the table, and $h$ for the last norm. A LoRA adapter of rank $r$ puts beside each matrix of $a \times b$ two thin ones,
-# $r \times b$ and $a \times r$.
+# the table, and $h$ for the last norm. A LoRA adapter of rank $r$ puts two thin matrices beside each one of
+# $a \times b$: $r \times b$ and $a \times r$.
 
 
 # %%
@@ -138,23 +138,26 @@ for name, model in MODELS.items():
 #
 # $$A = a_h h + a_k k + a_m m + a_r r + 4 \cdot \text{heads} + 8$$
 #
-# with numbers that depend on the precision; they are in `KEPT` below. In float32, for example, 32 $h$ is eight vectors:
-# each norm's input, its normalised value and its output, the rotated queries, and attention's output; 16 $m$ is the
-# gate, its SiLU, up, and their product. The flat layouts put segments together and keep a copy of keys, values and
-# outputs more. Attention itself (flash attention) keeps no T×T matrix.
+# with numbers that depend on the precision; they are in `KEPT` below. In float32, for example, 36 $h$ is nine vectors
+# of $h$: each norm's input, its normalised value and its output, the rotated queries, attention's output, and that of all
+# segments put together. 16 $k$ is keys and values, and the prompt's once more for the second completion; 16 $m$ is the
+# gate, its SiLU, up, and the product of these two. The 4·heads + 8 are attention's normaliser of each head and each
+# norm's factor. A T×T matrix is not kept: flash attention works it out again.
 #
 # **Gradient checkpointing** (`--gradient_checkpointing`) keeps one vector for each block, $h$ numbers, and works
 # the rest out again block by block: a forward pass more, and one block's $A$ at a time.
 #
-# **Logits.** One position's logits are $V$ numbers of 4 bytes; their log-softmax, and the gradient, make it three times
-# that: 1.5 MB a token for Llama 3's vocabulary. Only positions that predict a completion token get logits, and where those
-# of one kind would take more than `--logits_budget` (4 GiB) the head works in chunks. They go before the blocks'
-# backward passes begin, so either the logits are there or a block's passing gradients; the larger counts.
+# **Passing: logits.** The logits of one position are $V$ numbers of 4 bytes; with their log-softmax and its gradient
+# it is three times that, 1.5 MB a position for Llama 3's vocabulary. Only positions that predict a completion token get
+# logits, and where those, once, would take more than `--logits_budget` (4 GiB) the head works in chunks. They are gone
+# before the blocks' backward passes begin, which have gradients of what they kept passing through: about one block's
+# $A$ per token. So either the logits are there or these; the larger counts.
 #
-# **Gathered blocks.** FSDP cuts each parameter by its rows. To compute, a block needs its whole weights: all devices
-# gather them, use them, and let them go; while one block computes the next is being gathered, so two are there, and in the backward
-# pass their gradients too, before these are summed and cut. What is outside the blocks, the *root*, stays whole from
-# its first use in the forward pass to its last in the backward pass. Of a live reference the root stays whole for ever.
+# **Exchanged.** FSDP cuts each parameter by its rows. To compute, a block needs its whole weights: all devices gather
+# them, use them and let them go. While one block computes the next is being gathered, so that two are there, and in the
+# backward pass their gradients too, before these are summed and cut. What is outside the blocks, the *root*, stays
+# whole from its first use in the forward pass to its last in the backward pass. Of a live reference, which has no
+# backward pass, it stays whole for good. (DDP's buckets are under "exchanged" as well.)
 
 
 # %%
@@ -162,13 +165,13 @@ BYTES = {"float32": 4, "bfloat16": 2}
 NF4 = 0.5 + 4 / 64  # bytes of a number: 4 bits, and a float32 for every 64
 
 KEPT = {  # (weights, computes, adapter): bytes that a block keeps of a token for each of h, k, m, r
-    ("float32", "float32", None): (32, 8, 16, 0),
-    ("float32", "bfloat16", None): (30, 4, 8, 0),  # autocast: norms in float32; each product its own copy of its input
-    ("bfloat16", "bfloat16", None): (20, 4, 8, 0),
-    ("float32", "float32", "float32"): (24, 8, 16, 28),  # a frozen norm does not need its normalised values
-    ("float32", "bfloat16", "float32"): (24, 4, 8, 14),
-    ("bfloat16", "bfloat16", "float32"): (36, 4, 10, 28),  # PEFT turns each adapter's input into float32
-    ("bfloat16", "bfloat16", "bfloat16"): (16, 4, 8, 14),
+    ("float32", "float32", None): (36, 16, 16, 0),
+    ("float32", "bfloat16", None): (32, 8, 8, 0),  # autocast: norms in float32; each product its own copy of its input
+    ("bfloat16", "bfloat16", None): (22, 8, 8, 0),
+    ("float32", "float32", "float32"): (28, 16, 16, 28),  # a frozen norm does not need its normalised values
+    ("float32", "bfloat16", "float32"): (24, 8, 8, 14),
+    ("bfloat16", "bfloat16", "float32"): (36, 8, 10, 28),  # PEFT turns each adapter's input into float32
+    ("bfloat16", "bfloat16", "bfloat16"): (18, 8, 8, 14),
 }
 PARTS = ("weights", "copies", "gradients", "optimizer", "reference", "exchanged", "activations", "passing")
 
@@ -251,10 +254,9 @@ def plan(
     sizes = (hidden, keys, intermediate, rank or 0)
     factors = KEPT[seen, compute, of_adapter if rank else None]
     a_token = sum(a * b for a, b in zip(factors, sizes, strict=True)) + 4 * heads + 8
-    a_token += BYTES[compute] * (hidden + 2 * keys)  # the flat layouts' segments, put together
     one_block = tokens * a_token
     activations = tokens * layers * BYTES[seen] * hidden if checkpointing else layers * one_block
-    activations += tokens * 8 * hidden  # the last norm's input and its normalised values
+    activations += tokens * hidden * (4 + (0 if rank else BYTES[seen]))  # the last norm: its input, what it normalised
     chunk = min(kept, max(1, int(logits_budget * GIB / (4 * vocabulary))))
     passing = max(3 * 4 * vocabulary * chunk, one_block)
 
@@ -339,52 +341,65 @@ for checkpointing in (False, True):
 
 # %% [markdown]
 # Then on four processes. `torchrun --standalone --nproc_per_node 4 tests/benchmarks/plan.py` trains a model of 29
-# million parameters, laid out by DDP and by FSDP, and writes down what the process with the most of it keeps, and the size of
-# every buffer that reaches PyTorch's collectives in an optimizer step. This is what it prints, beside what `plan` says.
-# Nothing here is an estimate. (Rank 6 is chosen to be awkward: six rows among four devices become 2, 2, 2 and 0, and
-# travel as eight.)
+# million parameters, laid out by DDP and by FSDP. It writes down what the process with the most of it keeps, and the
+# bytes of every buffer that reaches PyTorch's collectives in an optimizer step (of a gathered block, the whole of it).
+# These are its numbers, and `plan` says the same: nothing here is an estimate. (Rank 6 is chosen to be awkward: six
+# rows among four devices become 2, 2, 2 and 0, and travel as eight.)
 
 # %%
 measured_model = {"layers": 4, "hidden": 512, "intermediate": 1376, "heads": 8, "kv_heads": 4, "vocabulary": 16384}
-COLUMNS = ("weights", "gradients", "optimizer", "all_gathered", "reduce_scattered", "all_reduced")
+COLUMNS = ("weights", "copies", "gradients", "optimizer", "all_gathered", "reduce_scattered", "all_reduced")
 MEASURED = {  # its options, and the bytes in the order of COLUMNS
-    "DDP": ({}, 113526784, 113526784, 227053568, 0, 0, 113526784),
-    "DDP, LoRA": ({"rank": 6}, 114414592, 887808, 1775616, 0, 0, 887808),
-    "FSDP": ({"how": "fsdp"}, 28381696, 28381696, 56763392, 159942656, 113526784, 0),
+    "DDP": ({}, 113526784, 0, 113526784, 227053568, 0, 0, 113526784),
+    "DDP, autocast": ({"compute": "bfloat16"}, 113526784, 39976960, 113526784, 227053568, 0, 0, 113526784),
+    "DDP, LoRA": ({"rank": 6}, 114414592, 0, 887808, 1775616, 0, 0, 887808),
+    "FSDP": ({"how": "fsdp"}, 28381696, 0, 28381696, 56763392, 159942656, 113526784, 0),
     "FSDP, two micro-batches": (
-        {"how": "fsdp", "micro_batches": 2}, 28381696, 28381696, 56763392, 319885312, 227053568, 0
+        {"how": "fsdp", "micro_batches": 2},
+        28381696, 0, 28381696, 56763392, 319885312, 227053568, 0,
     ),
     "FSDP, checkpointing": (
-        {"how": "fsdp", "checkpointing": True}, 28381696, 28381696, 56763392, 159942656, 113526784, 0
+        {"how": "fsdp", "checkpointing": True},
+        28381696, 0, 28381696, 56763392, 159942656, 113526784, 0,
     ),
     "FSDP, live reference": (
-        {"how": "fsdp", "reference": "live"}, 28381696, 28381696, 56763392, 206358528, 113526784, 0
+        {"how": "fsdp", "reference": "live"},
+        28381696, 0, 28381696, 56763392, 206358528, 113526784, 0,
+    ),
+    "FSDP, autocast": (
+        {"how": "fsdp", "compute": "bfloat16"},
+        28381696, 39976960, 28381696, 56763392, 159942656, 113526784, 0,
     ),
     "FSDP, gathered in bfloat16": (
-        {"how": "fsdp", "gathered_in": "bfloat16", "compute": "bfloat16"}, 28381696, 28381696, 56763392, 79971328, 113526784, 0
+        {"how": "fsdp", "compute": "bfloat16", "gathered_in": "bfloat16"},
+        28381696, 0, 28381696, 56763392, 79971328, 113526784, 0,
     ),
-    "FSDP, LoRA": ({"how": "fsdp", "rank": 6}, 28639232, 257536, 515072, 162002944, 1030144, 0),
+    "FSDP, LoRA": ({"how": "fsdp", "rank": 6}, 28639232, 0, 257536, 515072, 162002944, 1030144, 0),
     "FSDP, LoRA, live reference": (
-        {"how": "fsdp", "rank": 6, "reference": "live"}, 28639232, 257536, 515072, 209448960, 1030144, 0
+        {"how": "fsdp", "rank": 6, "reference": "live"},
+        28639232, 0, 257536, 515072, 209448960, 1030144, 0,
     ),
     "FSDP, LoRA, bfloat16 base": (
-        {"how": "fsdp", "rank": 6, "weights": "bfloat16", "compute": "bfloat16"}, 14448384, 257536, 515072, 82031616, 1030144, 0
+        {"how": "fsdp", "rank": 6, "weights": "bfloat16", "compute": "bfloat16"},
+        14448384, 0, 257536, 515072, 82031616, 1030144, 0,
     ),
 }  # fmt: skip
-print(f"{'':28}" + "".join(f"{column.replace('_', ' '):>18}" for column in COLUMNS))
+print(f"{'':27}" + "".join(f"{column.split('_')[-1]:>13}" for column in COLUMNS))
 for name, (options, *sizes) in MEASURED.items():
-    told = plan(
-        **measured_model, tokens=32, kept=32, devices=4, **{"compute": "float32", "reference": "cached"} | options
-    )
+    usual = {"tokens": 32, "kept": 32, "devices": 4, "compute": "float32", "reference": "cached"}
+    told = plan(**measured_model, **usual | options)
     assert [told[column] for column in COLUMNS] == sizes, name
-    print(f"{name:28}" + "".join(f"{size:18,}" for size in sizes))
+    print(f"{name:27}" + "".join(f"{size:13,}" for size in sizes))
 print("all equal")
 
 # %% [markdown]
 # FSDP's pattern can be read off the numbers. Its blocks are gathered twice (thrice with a live reference), its root
-# once; the gradients are summed once, in float32, for each micro-batch. Under LoRA the sums almost vanish, but the
-# frozen base travels as before: with an adapter, what DDP sends is next to nothing, and FSDP is for models that do not
-# fit otherwise.
+# once; gradients are summed, in float32, after each micro-batch. Under LoRA the sums almost vanish, but the frozen base
+# travels as before: with an adapter DDP sends next to nothing, and FSDP is for models that do not fit otherwise.
+#
+# And see the copies under *FSDP, autocast*. The weights are sharded, but autograd keeps the 16-bit copies that autocast
+# made of the gathered ones, *whole*, on every device: 141 GB for 70 billion parameters. FSDP's own mixed precision
+# gathers in bfloat16 instead, has no copies, and sends half. From here on FSDP means that.
 #
 # ## 5. Where each byte goes
 #
@@ -396,6 +411,7 @@ of_pairs = {"tokens": PAIRS * (512 + 2 * 256), "kept": PAIRS * 2 * 256}
 LAYOUTS = {
     "all weights, DDP": {},
     "all weights, FSDP": {"how": "fsdp", "gathered_in": "bfloat16"},
+    "all in bfloat16, DDP": {"weights": "bfloat16"},
     "LoRA, DDP": {"rank": 16, "weights": "bfloat16"},
     "LoRA, FSDP": {"rank": 16, "weights": "bfloat16", "how": "fsdp"},
     "QLoRA, DDP": {"rank": 16, "weights": "nf4"},
@@ -409,19 +425,23 @@ for part in (*PARTS, "total"):
     print(f"{part:30}" + "".join(f"{each[part] / GIB:14.1f}" for each in (seven, frugal, sharded)))
 
 # %% [markdown]
-# (Frugal: with gradient checkpointing and a cached reference.) And of all three models, with both:
+# (Frugal: with gradient checkpointing and a cached reference.) And of all three models, with gradient checkpointing and
+# a live reference. The dashed line is what we call a fit: a GPU that is sold with 80 GB gives a program some 79 GiB, of
+# which CUDA, its libraries and fragmentation want theirs, so we plan with 72.
 
 # %%
 BARS = [
-    ("all", 1, "all weights, DDP"), ("FSDP\n8", 8, "all weights, FSDP"), ("FSDP\n64", 64, "all weights, FSDP"),
-    ("LoRA", 1, "LoRA, DDP"), ("LoRA\nFSDP 8", 8, "LoRA, FSDP"), ("QLoRA", 1, "QLoRA, DDP"),
+    ("all\n1", 1, "all weights, DDP"), ("FSDP\n8", 8, "all weights, FSDP"), ("FSDP\n64", 64, "all weights, FSDP"),
+    ("LoRA\n1", 1, "LoRA, DDP"), ("LoRA\nFSDP 8", 8, "LoRA, FSDP"), ("QLoRA\n1", 1, "QLoRA, DDP"),
 ]  # fmt: skip
 SHADES = dict(zip(PARTS, ("0.15", "0.7", "0.4", "0.55", "white", "white", "0.9", "white"), strict=True))
 HATCHES = dict(zip(PARTS, ("", "", "", "//", "xxx", "....", "", "--"), strict=True))
+BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+FITS = 72 * GIB
 figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained")
 for axis, name in zip(axes, SHOWN, strict=True):
     told = [
-        plan(**MODELS[name], **of_pairs, **LAYOUTS[layout], devices=devices, checkpointing=True, reference="cached")
+        plan(**MODELS[name], **of_pairs, **LAYOUTS[layout], devices=devices, checkpointing=True)
         for _, devices, layout in BARS
     ]
     bottom = [0.0] * len(BARS)
@@ -432,8 +452,8 @@ for axis, name in zip(axes, SHOWN, strict=True):
         bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
     top = min(max(bottom), 190)
     for i, total in enumerate(bottom):
-        axis.text(i, min(total, top) + top / 60, f"{total:,.0f}", ha="center", fontsize=8)
-    axis.axhline(80, color="black", linestyle="--", linewidth=1) if top > 60 else None
+        axis.text(i, min(total, top) + top / 60, f"{total:,.0f}", ha="center", fontsize=8, bbox=BOX)
+    axis.axhline(FITS / GIB, color="black", linestyle="--", linewidth=1) if top > 60 else None
     axis.set_ylim(0, top * 1.1)
     axis.set_xticks(range(len(BARS)), [label for label, _, _ in BARS], fontsize=8)
     axis.set_title(name, fontsize=11, fontweight="bold", loc="left")
@@ -446,18 +466,16 @@ plt.show()
 # %% [markdown]
 # ## 6. What fits
 #
-# A GPU that is sold with 80 GB gives a program some 79 GiB. CUDA, its libraries and fragmentation want theirs, so we
-# call it a fit up to 72. Where a layout does not fit as it is, three things are tried in this order, each on top of the
-# one before, and the first with which it fits is shown:
+# Where a layout does not fit as it is, three things are tried in this order, each on top of the one before, and the
+# first with which it fits is shown:
 #
-# - **c**, gradient checkpointing: a forward pass more of four or five, a third more time at the most
+# - **c**, gradient checkpointing: one forward pass more, which is a quarter to a half of a step's time
 # - **r**, a cached reference: costs disk, and an hour before the training; of LoRA it saves time, not memory
 # - **p**, one pair at a time and four micro-batches: the same result
 
 # %%
 CHANGES = {"c": {"checkpointing": True}, "r": {"reference": "cached"}}
 CHANGES["p"] = {key: value // PAIRS for key, value in of_pairs.items()} | {"micro_batches": PAIRS}
-FITS = 72 * GIB
 
 
 def cell(name: str, layout: str, devices: int) -> str:
@@ -469,15 +487,15 @@ def cell(name: str, layout: str, devices: int) -> str:
             options, made = options | change, made + letter
             total = plan(**options)["total"]
     if total > FITS:
-        return f"no ({total / GIB:,.0f})"
-    return f"{total / GIB:,.0f}" if not made else f"{before / GIB:,.0f} → {total / GIB:,.0f} {made}"
+        return f"no ({total / GIB:,.1f})"
+    return f"{total / GIB:,.1f}" if not made else f"{before / GIB:,.1f} → {total / GIB:,.1f} {made}"
 
 
-print(f"{'GiB of each device':32}{'1 GPU':>16}{'8 GPUs':>16}{'64 GPUs':>16}")
+print(f"{'GiB of each device':33}{'1 GPU':>17}{'8 GPUs':>17}{'64 GPUs':>17}")
 for name in SHOWN:
     for layout in LAYOUTS:
         cells = [cell(name, layout, devices) if devices > 1 or "FSDP" not in layout else "" for devices in (1, 8, 64)]
-        print(f"{name:12}{layout:20}" + "".join(f"{each:>16}" for each in cells))
+        print(f"{name:12}{layout:21}" + "".join(f"{each:>17}" for each in cells))
 
 # %% [markdown]
 # A "no" shows what is left after all three. Then, in this order: shard instead of copying (FSDP); train an adapter
@@ -500,14 +518,14 @@ def seconds(
     return told["flops"] / (rate * utilisation), told["sent"] / link
 
 
-print(f"{'a step of four micro-batches':32}{'sends':>12}{'computes':>12}{'NVLink':>12}{'network':>12}")
+print(f"{'a step of four micro-batches':33}{'sends':>12}{'computes':>12}{'NVLink':>12}{'network':>12}")
 for name in SHOWN:
     for layout in ("all weights, DDP", "all weights, FSDP", "LoRA, DDP", "LoRA, FSDP"):
         told = plan(**MODELS[name], **of_pairs, **LAYOUTS[layout], devices=8, micro_batches=4, checkpointing=True)
         computes, inside = seconds(told, link=450 * GB)
         _, between = seconds(told, link=50 * GB)
         row = f"{told['sent'] / GB:9.1f} GB{computes:10.2f} s{inside:10.2f} s{between:10.2f} s"
-        print(f"{name:12}{layout:20}{row}")
+        print(f"{name:12}{layout:21}{row}")
 
 # %% [markdown]
 # DDP sends its gradients once for a step, however many micro-batches that has; FSDP sends all weights for each of them.
@@ -524,8 +542,6 @@ for name in SHOWN:
 #   is there at the same moment is a question of timing; here all but logits and a block's work are added up.
 # - Not counted: attention's FLOPs (little below some thousand tokens), buffers of libraries, a model in another style
 #   than Llama's (the program's summary before training predicts from the model itself: `dpo/costs.py`).
-# - One trap: under FSDP, autocast alone would keep a *whole* bfloat16 copy of the weights on every device from the forward
-#   to the backward pass, sharded or not. FSDP's own mixed precision gathers in bfloat16 instead: `gathered_in`.
 #
 # ## Exercises
 #

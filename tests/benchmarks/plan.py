@@ -3,13 +3,13 @@
     torchrun --standalone --nproc_per_node 4 tests/benchmarks/plan.py
 
 One optimizer step of each case on a random Llama of 29 million parameters. Prints a Python dict: of each case the bytes
-that the process with the most holds, and those of all collectives' buffers in the step (the whole one of an all-gather
-or a reduce-scatter, of all processes together). `torch.utils._python_dispatch` shows what reaches PyTorch's own
-collectives, whatever wrapped them.
+that the process with the most holds, those of autocast's copies of weights that its graph keeps, and those of all
+collectives' buffers in the step (the whole one of an all-gather or a reduce-scatter, of all processes together).
 """
 
 import argparse
 import pprint
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -23,18 +23,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 SIZES = {"num_hidden_layers": 4, "hidden_size": 512, "intermediate_size": 1376, "vocab_size": 16384}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
-MIXED = {"gathered_in": "bfloat16"}
 CASES = {  # the words of the tutorial's plan
     "DDP": {},
+    "DDP, autocast": {"compute": "bfloat16"},
     "DDP, LoRA": {"rank": 6},
     "FSDP": {"how": "fsdp"},
     "FSDP, two micro-batches": {"how": "fsdp", "micro_batches": 2},
     "FSDP, checkpointing": {"how": "fsdp", "checkpointing": True},
     "FSDP, live reference": {"how": "fsdp", "reference": "live"},
-    "FSDP, gathered in bfloat16": {"how": "fsdp", **MIXED},
+    "FSDP, autocast": {"how": "fsdp", "compute": "bfloat16"},
+    "FSDP, gathered in bfloat16": {"how": "fsdp", "compute": "bfloat16", "gathered_in": "bfloat16"},
     "FSDP, LoRA": {"how": "fsdp", "rank": 6},
     "FSDP, LoRA, live reference": {"how": "fsdp", "rank": 6, "reference": "live"},
-    "FSDP, LoRA, bfloat16 base": {"how": "fsdp", "rank": 6, "weights": "bfloat16"},
+    "FSDP, LoRA, bfloat16 base": {"how": "fsdp", "rank": 6, "weights": "bfloat16", "compute": "bfloat16"},
 }
 COLLECTIVES = {
     "c10d._allgather_base_.default": "all_gathered",
@@ -64,6 +65,20 @@ def shard(model: torch.nn.Module, gathered_in: str | None) -> None:
         fully_shard(module, mp_policy=MixedPrecisionPolicy(**mixed))
 
 
+@contextmanager
+def counted_copies(model: torch.nn.Module):
+    """Inside, the dict given gets the bytes of the 16-bit matrices of a weight's shape that autograd keeps."""
+    shapes, found = {tuple(sorted(each.shape)) for each in model.parameters() if each.ndim == 2}, {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.bfloat16 and tuple(sorted(tensor.shape)) in shapes:
+            found[tensor.untyped_storage().data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
+
+
 def held(tensors) -> int:
     """Bytes that this process keeps of tensors."""
     return sum((each.to_local() if isinstance(each, DTensor) else each).nbytes for each in tensors)
@@ -74,6 +89,7 @@ def measure(
     how: str = "ddp",
     micro_batches: int = 1,
     weights: str = "float32",
+    compute: str = "float32",
     gathered_in: str | None = None,
     rank: int | None = None,
     reference: str = "cached",
@@ -95,6 +111,7 @@ def measure(
             shard(each, gathered_in)
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained)
+    is_autocast = compute != (gathered_in or weights)
     ids = torch.randint(0, SIZES["vocab_size"], (2, 16))
     for _ in range(2):
         optimizer.zero_grad()
@@ -102,7 +119,8 @@ def measure(
             for number in range(micro_batches):
                 if how == "ddp":  # as in a window of micro-batches: gradients travel once
                     policy.require_backward_grad_sync = number == micro_batches - 1
-                loss = policy(input_ids=ids, labels=ids).loss
+                with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast), counted_copies(model) as copies:
+                    loss = policy(input_ids=ids, labels=ids).loss
                 if reference == "live":
                     with torch.no_grad():
                         if second is not None:
@@ -113,7 +131,11 @@ def measure(
                 loss.backward()
         optimizer.step()
     state = [each for one in optimizer.state.values() for key, each in one.items() if key != "step"]
-    sizes = {"weights": held(model.parameters()), "gradients": held(each.grad for each in trained)}
+    sizes = {
+        "weights": held(model.parameters()),
+        "copies": sum(copies.values()) if is_autocast else 0,
+        "gradients": held(each.grad for each in trained),
+    }
     return sizes | {"optimizer": held(state)} | counted.bytes
 
 
