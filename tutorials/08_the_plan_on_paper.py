@@ -111,20 +111,21 @@ for name, model in MODELS.items():
 # | live reference | 4 | 2 |
 # | together | 20 | 10 |
 #
-# Why not simply bfloat16? It has 8 significant bits: a step smaller than about 1/256 of a weight changes nothing, and
-# DPO's learning rates are smaller than that. So this project keeps float32 weights by default, and `--bf16` *computes*
-# in bfloat16 (autocast): matrix products read a 16-bit copy of each weight. These copies are memory as well, 2 bytes a
-# parameter: autograd holds them from the forward pass to the backward pass.
+# Why not simply bfloat16 (`--dtype bfloat16`)? It has 8 significant bits: a step smaller than about 1/256 of a weight
+# changes nothing, and at a learning rate of 1e-6 AdamW's steps are far smaller. So this project keeps float32 weights
+# by default, and `--bf16` *computes* in bfloat16 (autocast): matrix products read a 16-bit copy of each weight. These
+# copies are memory as well, 2 bytes a parameter: autograd holds them from the forward pass to the backward pass, and
+# autocast itself until the forward pass ends, even where autograd does not (under gradient checkpointing).
 #
 # What makes this smaller:
 #
 # - **A cached reference** (`--precompute_ref_log_probs`): all pairs are scored before training, then the reference
 #   goes. No memory, and no forward pass either.
 # - **LoRA** (`--use_peft`): gradient and moments only of the adapter. The reference is the policy with its adapter off:
-#   it takes a forward pass but no memory. The base is frozen and can be kept in 16 bits.
+#   it takes a forward pass but no memory. The base is frozen and loses little in 16 bits (`--dtype bfloat16`).
 # - **QLoRA** (`--use_peft --load_in_4bit`): the base's matrices in 4 bits, nf4, with a float32 scale for every 64
 #   numbers: $\frac12 + \frac4{64} = 0.5625$ bytes a number. Norms, table and head stay in 16 bits. (Dettmers et al.
-#   2023.)
+#   2023, who quantise the scales once more, to 0.516.)
 # - **Sharding** (`--fsdp full_shard`): of all that stays, each of n devices keeps one n-th.
 #
 # DDP, the other way to use n devices, divides none of it: each device has everything and reads other pairs. It even
@@ -133,15 +134,14 @@ for name, model in MODELS.items():
 # ## 3. What comes and goes
 #
 # **Activations.** What the forward pass computes the backward pass needs again. A block keeps, of each token that the
-# model reads, so many bytes (found by going through the block line by line: what does the derivative of each operation
-# need?):
+# model reads, so many bytes (go through its operations one by one: what does the derivative of each need?):
 #
 # $$A = a_h h + a_k k + a_m m + a_r r + 4 \cdot \text{heads} + 8$$
 #
 # with numbers that depend on the precision; they are in `KEPT` below. In float32, for example, 36 $h$ is nine vectors
-# of $h$: each norm's input, its normalised value and its output, the rotated queries, attention's output, and that of all
-# segments put together. 16 $k$ is keys and values, and the prompt's once more for the second completion; 16 $m$ is the
-# gate, its SiLU, up, and the product of these two. The 4·heads + 8 are attention's normaliser of each head and each
+# of $h$: each norm's input, its normalised value and its output, the rotated queries, attention's output, and that of
+# all segments put together. 16 $k$ is keys and values, and the prompt's once more for the second completion; 16 $m$ is
+# the gate, its SiLU, up, and the product of these two. The 4·heads + 8 are attention's normaliser of each head and each
 # norm's factor. A T×T matrix is not kept: flash attention works it out again.
 #
 # **Gradient checkpointing** (`--gradient_checkpointing`) keeps one vector for each block, $h$ numbers, and works
@@ -158,6 +158,17 @@ for name, model in MODELS.items():
 # backward pass their gradients too, before these are summed and cut. What is outside the blocks, the *root*, stays
 # whole from its first use in the forward pass to its last in the backward pass. Of a live reference, which has no
 # backward pass, it stays whole for good. (DDP's buckets are under "exchanged" as well.)
+#
+# **Sent.** Collectives go around in a ring of n devices. In an all-gather or a reduce-scatter of B bytes (all devices'
+# parts together) each device sends $\frac{n-1}{n} B$; an all-reduce is one after the other, $2\,\frac{n-1}{n} B$. With
+# $N$ parameters in float32, of which $N_b$ are in blocks and $N_r$ in the root, and with $g$ bytes for each that is
+# gathered, an optimizer step of $s$ micro-batches sends
+#
+# $$\text{DDP: } 2\,\frac{n-1}{n}\, 4N \qquad
+# \text{FSDP: } s\, \frac{n-1}{n} \left[(2 \text{ or } 3)\, g N_b + g N_r + 4N\right]$$
+#
+# Blocks are gathered for the forward and again for the backward pass, and a third time for a live reference. With an
+# adapter the last $4N$ counts the adapter alone; the gathered bytes do not shrink.
 
 
 # %%
