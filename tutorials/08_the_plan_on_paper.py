@@ -283,9 +283,8 @@ def plan(
     sent = (all_gathered + reduce_scattered + 2 * all_reduced) * (devices - 1) / devices
 
     forward = 2 * (tokens * layers * numbers(matrices) + kept * vocabulary * hidden)
-    forwards = (
-        1 + is_live + checkpointing + (1 if rank else 2)
-    )  # a backward pass is two, one without weights' gradients
+    # A backward pass costs two forward passes, or one where most weights get no gradient.
+    forwards = 1 + is_live + checkpointing + (1 if rank else 2)
     parts = (base + own, copies, trained, 2 * trained, second, exchanged, activations, passing)
     result = dict(zip(PARTS, parts, strict=True)) | {"total": sum(parts)}
     result |= {"all_gathered": all_gathered, "reduce_scattered": reduce_scattered, "all_reduced": all_reduced}
@@ -405,11 +404,12 @@ print("all equal")
 
 # %% [markdown]
 # FSDP's pattern can be read off the numbers. Its blocks are gathered twice (thrice with a live reference), its root
-# once; gradients are summed, in float32, after each micro-batch. Under LoRA the sums almost vanish, but the frozen base
-# travels as before: with an adapter DDP sends next to nothing, and FSDP is for models that do not fit otherwise.
+# once; gradients are summed after each micro-batch, in the weights' own dtype. Under LoRA the sums almost vanish, but
+# the frozen base travels as before: with an adapter DDP sends next to nothing, and FSDP is for models that do not fit
+# otherwise.
 #
 # And see the copies under *FSDP, autocast*. The weights are sharded, but autograd keeps the 16-bit copies that autocast
-# made of the gathered ones, *whole*, on every device: 141 GB for 70 billion parameters. FSDP's own mixed precision
+# made of the gathered ones, *whole*, on every device: 139 GB for Llama 3 70B. FSDP's own mixed precision
 # gathers in bfloat16 instead, has no copies, and sends half. From here on FSDP means that.
 #
 # ## 5. Where each byte goes
@@ -481,7 +481,7 @@ plt.show()
 # first with which it fits is shown:
 #
 # - **c**, gradient checkpointing: one forward pass more, which is a quarter to a half of a step's time
-# - **r**, a cached reference: costs disk, and an hour before the training; of LoRA it saves time, not memory
+# - **r**, a cached reference: one pass over all rows before the training; under LoRA it saves time, not memory
 # - **p**, one pair at a time and four micro-batches: the same result
 
 # %%
@@ -509,9 +509,12 @@ for name in SHOWN:
         print(f"{name:12}{layout:21}" + "".join(f"{each:>17}" for each in cells))
 
 # %% [markdown]
-# A "no" shows what is left after all three. Then, in this order: shard instead of copying (FSDP); train an adapter
+# A "no" shows what it takes after all three. Then, in this order: shard instead of copying (FSDP); train an adapter
 # instead of all weights; put the optimizer's state into the host's memory (CPU offload: 8 bytes a parameter, at the
 # price of sending them over the slower bus); more devices. More devices never help DDP: its column on 64 is that on 8.
+#
+# So one GPU trains all of 0.5B; of 7B an adapter or, barely and as bfloat16 allows, the whole; of 70B an adapter on 4
+# bits. Eight train all of 7B in float32, and an adapter of 70B in 16 bits. All of 70B in float32 is for 64.
 #
 # ## 7. How long they wait for each other
 #
@@ -546,11 +549,13 @@ for name in SHOWN:
 # ## What is exact, and what is not
 #
 # - Exact: parameters, gradients and AdamW's state of each device, and the buffers of all collectives. The tests hold
-#   them to PyTorch's own count, byte for byte.
-# - To a few per cent: activations, by the operations of today's transformers. Another version, a fused norm or dropout
-#   changes them.
-# - To a quarter or so: the whole peak, which `tests/test_plan.py` compares with what a training run took. What
-#   is there at the same moment is a question of timing; here all but logits and a block's work are added up.
+#   them to PyTorch's own count, byte for byte. (On processes of one machine, by a CPU's collectives; nobody has held a
+#   stopwatch to section 7.)
+# - To 3 %: activations, by the operations of today's transformers. Another version, a fused norm or dropout changes
+#   them, and a GPU's attention may keep a copy more or less.
+# - To a quarter: the whole peak, which `tests/test_plan.py` compares with what training runs took on a CPU. What is
+#   there at the same moment is a question of timing; here all but logits and a block's work are added up.
+# - By arithmetic alone: what FSDP has gathered at a time, and all that is specific to a GPU.
 # - Not counted: attention's FLOPs (little below some thousand tokens), buffers of libraries, a model in another style
 #   than Llama's (the program's summary before training predicts from the model itself: `dpo/costs.py`).
 #
