@@ -246,7 +246,7 @@ def test_the_table_of_the_rendered_copy_is_what_the_function_gives():
         options = {**of_pairs, "rank": 16, "weights": "bfloat16", "how": "fsdp", "devices": devices}
         before, after = (plan(**model["Llama 3 70B"], **options, checkpointing=each)["total"] for each in (False, True))
         words = f"{before / 2**30:.1f} → {after / 2**30:.1f} c"
-        assert words in line and line.index(words) > 40 * cell and before > 72 * 2**30 > after
+        assert words in line and line.index(words) > 40 * cell and before > 70 * 2**30 > after
     line = next(line for line in copy.splitlines() if line.strip().startswith("Qwen2 7B    all weights, DDP "))
     options = {"checkpointing": True, "reference": "cached", "tokens": 1024, "kept": 512}
     for devices in (1, 8, 64):

@@ -347,7 +347,7 @@ for checkpointing in (False, True):
         ratio = (told["activations"] + copies) / found
         kind = "checkpointing" if checkpointing else "all kept"
         print(f"activations, {kind:13}, {compute:8}: told / measured = {ratio:.2f}")
-        assert 0.8 < ratio < 1.2
+        assert 0.95 < ratio < 1.05
 
 # %% [markdown]
 # Then on four processes. `torchrun --standalone --nproc_per_node 4 tests/benchmarks/plan.py` trains a model of 29
@@ -438,7 +438,7 @@ for part in (*PARTS, "total"):
 # %% [markdown]
 # (Frugal: with gradient checkpointing and a cached reference.) And of all three models, with gradient checkpointing and
 # a live reference. The dashed line is what we call a fit: a GPU that is sold with 80 GB gives a program some 79 GiB, of
-# which CUDA, its libraries and fragmentation want theirs, so we plan with 72.
+# which CUDA, its libraries and fragmentation want theirs, so we plan with 70.
 
 # %%
 BARS = [
@@ -448,7 +448,7 @@ BARS = [
 SHADES = dict(zip(PARTS, ("0.15", "0.7", "0.4", "0.55", "white", "white", "0.9", "white"), strict=True))
 HATCHES = dict(zip(PARTS, ("", "", "", "//", "xxx", "....", "", "--"), strict=True))
 BOX = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-FITS = 72 * GIB
+FITS = 70 * GIB
 figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained")
 for axis, name in zip(axes, SHOWN, strict=True):
     told = [
@@ -521,7 +521,7 @@ for name in SHOWN:
 # $t_{compute}$ = FLOPs / (the device's rate × utilisation), $t_{link}$ = bytes sent / the link's speed. We take 989
 # TFLOP/s (an H100's dense bfloat16), of which 40% are used; 450 GB/s each way between GPUs of one machine (NVLink), and
 # 50 GB/s for each GPU between machines (400 Gbit/s). A good library sends while it computes: then the longer of the two
-# counts.
+# counts. Here for 8 devices, with checkpointing and a live reference, whether it would fit or not:
 
 
 # %%
