@@ -553,7 +553,7 @@ for name in SHOWN:
 #   stopwatch to section 7.)
 # - To 3 %: activations, by the operations of today's transformers. Another version, a fused norm or dropout changes
 #   them, and a GPU's attention may keep a copy more or less.
-# - To a quarter: the whole peak, which `tests/test_plan.py` compares with what training runs took on a CPU. What is
+# - To a tenth: the whole peak, which `tests/test_plan.py` compares with what training runs took on a CPU. What is
 #   there at the same moment is a question of timing; here all but logits and a block's work are added up.
 # - By arithmetic alone: what FSDP has gathered at a time, and all that is specific to a GPU.
 # - Not counted: attention's FLOPs (little below some thousand tokens), buffers of libraries, a model in another style
