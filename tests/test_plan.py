@@ -178,6 +178,18 @@ def test_bytes_sent_by_hand():
     assert small()["sent"] == small(how="fsdp")["sent"] == 0
 
 
+def test_bytes_exchanged_by_hand():
+    """DDP's buckets; of FSDP two blocks and the root, with their gradients. A live reference's root stays gathered."""
+    root = 4 * (2 * 400 * 64 + 64)
+    own = small()["weights"]
+    block = (own - root) / 3
+    assert small(devices=4)["exchanged"] == own and small()["exchanged"] == 0
+    assert small(how="fsdp", devices=4)["exchanged"] == 2 * (2 * block + root)
+    assert small(how="fsdp", devices=4)["reference"] == own / 4 + root
+    adapter = small(rank=4)["gradients"] / 3
+    assert small(how="fsdp", devices=4, rank=4)["exchanged"] == 2 * (block + adapter) + root + 2 * adapter
+
+
 models = st.fixed_dictionaries({
     "layers": st.integers(2, 40),
     "hidden": st.sampled_from((128, 256, 1024)),
