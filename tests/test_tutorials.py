@@ -17,7 +17,13 @@ sys.path.insert(0, str(ROOT / "tutorials"))
 import render  # noqa: E402
 
 RENDERED = ROOT / "tutorials" / "rendered"
-ALONE = ["01_one_pair_by_hand", "02_the_loss_derived", "03_the_loop_in_forty_lines", "07_losses"]  # without options
+ALONE = [
+    "01_one_pair_by_hand",
+    "02_the_loss_derived",
+    "03_the_loop_in_forty_lines",
+    "07_losses",
+    "08_the_plan_on_paper",
+]
 
 
 def script(name: str, *arguments: str, cwd: Path) -> str:
