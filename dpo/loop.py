@@ -31,10 +31,11 @@ from dpo.logprobs import concatenated_forward
 from dpo.losses import OVER_THE_BATCH, dpo_loss
 from dpo.merge import merge_adapter
 from dpo.models import router_coefficient
-from dpo.prepare import Run, checkpointed, note_files, plan_epoch, prepare, user_errors
+from dpo.prepare import Run, checkpointed, note_files, plan_epoch, prepare, rest_of_stream, user_errors
 from dpo.reference import Reference, without_dropout
 from dpo.report import create_model_card
 from dpo.sampling import generate_from_model_and_ref
+from dpo.stream import source_of, tell
 
 __all__ = ["Run", "create_model_card", "evaluate", "generate_from_model_and_ref", "get_batch_loss_metrics", "train"]
 logger = logging.getLogger("dpo")
@@ -234,7 +235,7 @@ def clip_gradient(run: Run, micro_batches: list[dict]) -> torch.Tensor:
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, run.args.max_grad_norm or math.inf)
     if not run.args.fp16 and not torch.isfinite(grad_norm):
         indices = distributed.gather_lists([i for batch in micro_batches for i in batch["index"].tolist()], run.world)
-        rows = "; ".join(run.train_rows[i]["source"] for i in sorted(indices)[:8] if i >= 0)
+        rows = "; ".join(name_of_row(run, i) for i in sorted(indices)[:8] if i >= 0)
         rows += "; ..." if len(indices) > 8 else ""
         what = f"the gradient's norm is {float(grad_norm)} at step {run.state.step + 1} ({rows})"
         how = "nothing was changed: lower learning_rate or beta, or look at the rows"
@@ -291,7 +292,7 @@ def evaluate_sets(run: Run, *, is_saved: bool = False) -> None:
     """Evaluates all sets and samples answers, where wanted, into one metrics row; a model that is saved now may become
     the best."""
     args, step = run.args, run.state.step
-    row = {"step": step, "epoch": step / run.steps_per_epoch}
+    row = {"step": step, "epoch": epoch_of(run)}
     common = {"args": args, "world": run.world, "state": run.state, "compute_metrics": run.compute_metrics}
     for label, eval_rows in run.eval_sets.items():
         prefix = f"eval_{label}" if label else "eval"
@@ -329,14 +330,32 @@ def rest_of_epoch(run: Run):
     workers = {"num_workers": run.args.dataloader_num_workers, "prefetch_factor": run.args.dataloader_prefetch_factor}
     with distributed.noted_signals(run.signals):
         epoch, done = divmod(run.state.step, run.steps_per_epoch)
-        windows = plan_epoch(run, epoch)[done : done + run.total_steps - run.state.step]
-        for pairs, batches in load_windows(run.train_rows, windows, run.world, run.collator, **workers):
+        if run.stream:
+            loaded = rest_of_stream(run, **workers)
+        else:
+            windows = plan_epoch(run, epoch)[done : done + run.total_steps - run.state.step]
+            loaded = load_windows(run.train_rows, windows, run.world, run.collator, **workers)
+        for pairs, batches in loaded:
             if number := distributed.agree(run.signals, run.world):
                 leave(run, number)
+            run.state.stream = run.stream and run.stream.place
             batches = [ready_batch(batch, run.model) for batch in batches]
             costs.count(run.state.sums, batches, run.prices, rate=run.matrix_rate)
             costs.between_steps(run.profile, run.state.sums)
             yield pairs, batches  # to the step, and whatever is due after it
+
+
+def epoch_of(run: Run) -> float:
+    """How often the steps so far are through the training set; of a stream, which tells nobody its length, how often
+    it has begun again."""
+    if run.stream:
+        return run.state.stream["pass"] if run.state.stream else 0
+    return run.state.step / run.steps_per_epoch
+
+
+def name_of_row(run: Run, index: int) -> str:
+    """Where a row of a batch comes from."""
+    return source_of(run.stream, index) if run.stream else run.train_rows[index]["source"]
 
 
 def due(step: int, total_steps: int, steps_per_epoch: int, *, args: DPOConfig) -> tuple[bool, bool, bool]:
@@ -360,12 +379,14 @@ def log(run: Run, progress: dict[str, float]) -> None:
     means = distributed.mean_over_ranks(state.sums, run.world)
     state.sums.clear()
     state.tokens_seen += means.pop("tokens")
-    row = {"step": state.step, "epoch": state.step / run.steps_per_epoch, "loss": means.pop("loss")}
+    row = {"step": state.step, "epoch": epoch_of(run), "loss": means.pop("loss")}
     row |= {"learning_rate": progress["learning_rate"], "grad_norm": float(progress["grad_norm"])}
     row |= {**means, "tokens_seen": state.tokens_seen}
     if not math.isfinite(row["loss"]):
         raise UserError(f"the loss is {row['loss']} at step {state.step}: lower learning_rate, or take bf16 for fp16")
     record(run, row)
+    if run.stream:
+        tell(run.stream, is_last=state.step == run.total_steps)
     shown = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
     run.bar.set_postfix({label: f"{row[key]:.3f}" for label, key in shown.items()})
 
