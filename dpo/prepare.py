@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -133,7 +134,8 @@ def prepare(
     """
     if args is not None and not isinstance(args, DPOConfig):
         raise UserError(f"args is a {type(args).__name__}: pass a dpo.config.DPOConfig")
-    streams = {"dataset_streaming": True} if isinstance(train_dataset, datasets.IterableDataset) else {}
+    kinds = datasets.IterableDataset | datasets.IterableDatasetDict
+    streams = {"dataset_streaming": True} if isinstance(train_dataset, kinds) else {}
     args = dataclasses.replace(args or DPOConfig(), **streams)  # checked once more: an option may have been set since
     with user_errors():
         world = distributed.setup(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout=args.ddp_timeout)
@@ -371,10 +373,12 @@ def prepare_rows(
     """One dataset, tokenised, with its columns margin, weight and scores where there are any that the losses take;
     apart, for an encoder-decoder. If it streams, its first rows; run.stream then brings them all."""
     args, names, take_scores = run.args, set(loss_names(run.args)), set(takers("scores"))
-    parts = streamed = load_preferences(source, split=split, subset=subset, streams=streams)
     window = args.per_device_train_batch_size * args.gradient_accumulation_steps * run.world.size
-    if streams:
-        parts = first_rows(streamed, max(SAMPLE, 4 * window))
+    # A name's test split, too, which is to be had without the whole of the others only as a stream.
+    is_stream = streams or args.dataset_streaming and source == args.dataset_name and "[" not in split
+    parts = streamed = load_preferences(source, split=split, subset=subset, streams=is_stream)
+    if is_stream:
+        parts = first_rows(streamed, max(SAMPLE, 4 * window) if streams else sys.maxsize)
     options = {
         "max_prompt_length": args.max_prompt_length,
         "max_completion_length": args.max_completion_length,

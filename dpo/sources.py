@@ -15,6 +15,7 @@ from datasets import (
     DatasetDict,
     Features,
     IterableDataset,
+    IterableDatasetDict,
     Json,
     ReadInstruction,
     Value,
@@ -30,7 +31,7 @@ FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "cs
 
 
 def load_preferences(
-    source: str | Dataset | DatasetDict | IterableDataset | list[dict],
+    source: str | Dataset | DatasetDict | IterableDataset | IterableDatasetDict | list[dict],
     *,
     split: str = "train",
     subset: str | None = None,
@@ -70,13 +71,17 @@ def _open(source, *, split: str, subset: str | None, streams: bool) -> dict:
         raise ValueError(f"there is no subset {subset!r} in one file or object: leave out the subset (dataset_config)")
     if isinstance(source, Dataset) or streams and isinstance(source, IterableDataset):
         return {"dataset": source}
-    if isinstance(source, DatasetDict):
+    if isinstance(source, DatasetDict) or streams and isinstance(source, IterableDatasetDict):
         return {f"dataset ({split})": _pick_split(source, split, "dataset")}
     if isinstance(source, list):
         return {"dataset": _from_list(source)}
     if not isinstance(source, str | os.PathLike):
         kinds = "a name, a path, a datasets.Dataset or a list of dicts"
-        kinds += " (only the training set may be a stream)" if isinstance(source, IterableDataset) else ""
+        kinds += (
+            " (only the training set may be a stream)"
+            if isinstance(source, IterableDataset | IterableDatasetDict)
+            else ""
+        )
         raise ValueError(f"a dataset is {kinds}, not {type(source).__name__}")
     path, read = Path(os.path.expanduser(source)), _stream_file if streams else _read_file
     if path.is_file():
@@ -293,7 +298,7 @@ def _is_array(path: Path) -> bool:
 
 
 def _csv_rows(path: str) -> Iterator[dict]:
-    """The rows of a CSV file one by one, all of text; None where a line is too short."""
+    """The rows of a CSV file one by one, all of text, which is empty where a line is too short."""
     path = Path(path)
     try:
         with _open_text(path) as file:
@@ -302,7 +307,7 @@ def _csv_rows(path: str) -> Iterator[dict]:
             for cells in lines:
                 _check_cells(path, lines, cells, columns)
                 if cells:
-                    yield dict.fromkeys(columns) | dict(zip(columns, cells, strict=False))
+                    yield dict.fromkeys(columns, "") | dict(zip(columns, cells, strict=False))
     except (UnicodeDecodeError, OSError, EOFError, zlib.error, csv.Error) as error:
         _check_text(path)
         raise ValueError(f"{path} cannot be read: {first_line(error)}: mend or replace it") from error

@@ -67,16 +67,15 @@ class Stream:
 
 def first_rows(parts: dict[str, IterableDataset], count: int) -> dict[str, Dataset]:
     """The first rows of a stream, as many as count if there are so many, in its parts."""
-    sample, names = {}, list(parts)
-    for name in names:
-        rows = list(islice(rows_of(name, parts[name]), count))
+    sample = {}
+    for name, part in parts.items():
+        part.load_state_dict(None)
+        rows = list(islice(rows_of(name, part), count))
         count -= len(rows)
         if rows:
             sample[name] = load_preferences(rows)["dataset"]
-        if count == 0:
-            break
     if not sample:
-        raise ValueError(f"{', '.join(names)} has no rows: it must hold at least one preference pair")
+        raise ValueError(f"{', '.join(parts)} has no rows: it must hold at least one preference pair")
     return sample
 
 
@@ -275,7 +274,8 @@ def load_stream(
         stream.counts.update(dict(zip(("rows", *TOLD), map(sum, counts), strict=True)))
         stream.why = stream.why or share["why"]
         if place["pass"] > trained + 1:
-            raise ValueError(f"{', '.join(stream.parts)}: no row is left of a whole pass: {in_words(stream, TOLD)}")
+            why = in_words(stream, [flag for flag in TOLD if stream.counts[flag]])
+            raise ValueError(f"{', '.join(stream.parts)}: no row is left of a whole pass: {why}")
         stream.place = place
         if sum(pairs) == 0:
             continue
