@@ -326,7 +326,7 @@ LATER = {  # rows behind the first four of PAIR, beside options of the run, and 
     "prompt": ({}, {"first": {"prompt": None, "chosen": "a b", "rejected": "a c"}}, "it has 'prompt', and none of"),
     "no prompt": ({"prompt": None, "chosen": "a b"}, {}, "column 'prompt' is missing, and other rows have it"),
     "long": ({"chosen": " red" * 300}, {"model": "gpt2"}, "rows have up to 304 tokens, the model has 128 positions"),
-    "id": ({"chosen": " <|new|>"}, {"model": "small"}, "the tokenizer gives the id 3"),
+    "id": ({"chosen": "<|new|>"}, {"model": "small"}, "the tokenizer gives the id 3"),
 }
 
 
