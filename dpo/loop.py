@@ -61,7 +61,8 @@ def train(
         model: a causal language model, or its name or directory, by default args.model_name_or_path; model_init may
             make it. ref_model: likewise; by default the policy as it is now (a copy, or a new adapter switched off).
         train_dataset, eval_dataset: a datasets.Dataset, a list of dicts, a name or a path; eval_dataset may be a dict
-            of those, evaluated each under its own name. By default args.dataset_name and its test split.
+            of those, evaluated each under its own name. By default args.dataset_name and its test split. A
+            datasets.IterableDataset to train on is read while training.
         processing_class: the tokenizer; by default the model's. data_collator: rows of token ids to a batch.
         peft_config: a peft.PeftConfig or a dict of LoraConfig's arguments: trains an adapter.
         callbacks: functions that get each metrics row, in the first process.

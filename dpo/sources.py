@@ -262,9 +262,18 @@ PIECE = 64 * 2**20  # bytes of a JSON file between places at which its reading c
 
 
 def _as_stream(rows: Dataset | IterableDataset) -> IterableDataset:
-    """Rows as a stream, pictures in them as they are stored."""
+    """Rows as a stream, pictures in them as they are stored. Raises: ValueError if its shuffle() was called."""
+    if _has_buffer(getattr(rows, "_ex_iterable", None)):
+        how = "leave out its shuffle(), and set shuffle and shuffle_buffer"
+        raise ValueError(f"the stream has a shuffle buffer of its own, which no checkpoint can keep: {how}")
     rows = rows.to_iterable_dataset() if isinstance(rows, Dataset) else rows.with_format(None)
     return rows.decode(False) if rows.features is not None else rows
+
+
+def _has_buffer(examples) -> bool:
+    """Whether what a stream iterates over is shuffled in a buffer, somewhere inside."""
+    inside = [getattr(examples, "ex_iterable", None), *getattr(examples, "ex_iterables", ())]
+    return "BufferShuffled" in type(examples).__name__ or any(_has_buffer(each) for each in inside if each is not None)
 
 
 def _stream_file(path: Path) -> IterableDataset:

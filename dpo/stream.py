@@ -214,18 +214,20 @@ def collated(
     rows, batches = share.pop("rows"), []
     if len(rows) > batch_size or most_tokens:
         rows = sorted(rows, key=lambda row: row["length"], reverse=True)
-    cut = [[list(range(len(rows)))[start : start + batch_size]] for start in range(0, len(rows), batch_size)]
     if most_tokens:
         lengths = [(len(row["prompt_input_ids"]), list(map(len, completions_of(row)))) for row in rows]
         of_rows = {"tokens_of": lambda numbers: tokens_of([lengths[number] for number in numbers])}
-        cut = cut_by_tokens([list(range(len(rows)))], most_tokens=most_tokens, **of_rows)
+        numbered = cut_by_tokens([list(range(len(rows)))], most_tokens=most_tokens, **of_rows)
+        cut = [[rows[number] for number in numbers] for (numbers,) in numbered]
+    else:
+        cut = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    is_ours = isinstance(collator, DataCollatorForPreference)
+    is_flat = is_ours and collator.layout in ("padding_free", "prefix_shared")
+    padded = replace(collator, layout="padded") if is_flat else collator
     try:
-        for (numbers,) in cut:
-            own, collate = [dict(rows[number]) for number in numbers], collator
+        for own in cut:
             index = [row.pop("index") for row in own]
-            is_flat = getattr(collator, "layout", "") in ("padding_free", "prefix_shared")
-            if isinstance(collator, DataCollatorForPreference) and is_flat and max(r["length"] for r in own) > longest:
-                collate = replace(collator, layout="padded")
+            collate = padded if max(row["length"] for row in own) > longest else collator
             batches.append((collate(own), index))
     except ValueError as error:  # of a picture
         share["problem"] = share["problem"] or first_line(error)

@@ -159,6 +159,21 @@ def test_in_order_it_trains_as_the_whole_set_does(more, tmp_path):
     assert curve(streamed, "epoch") == [step // per_pass for step in range(17)]
 
 
+def test_files_of_other_kinds_follow_one_another(few, tmp_path):
+    """Behind the rows that are looked at before, a file without prompts, one with: each row is as its own file has it."""
+    joined = [{key: row["prompt"] + row[key] for key in ("chosen", "rejected")} for row in ROWS[6:12]]
+    (tmp_path / "files").mkdir()
+    for name, rows in (("train-1", ROWS[:6]), ("train-2", joined), ("train-3", ROWS[12:])):
+        jsonl(tmp_path / "files" / f"{name}.jsonl", rows)
+    options = {"rows": str(tmp_path / "files"), "per_device_train_batch_size": 1, "shuffle": False, "max_steps": 35}
+    whole = start(tmp_path / "whole", **options)
+    streamed = start(tmp_path / "streamed", dataset_streaming=True, **options)
+    assert curve(streamed) == curve(whole) and same(weights(streamed.model), weights(whole.model))
+    jsonl(tmp_path / "files" / "train-2.jsonl", [*joined, ROWS[0]])
+    with pytest.raises(UserError, match="train-2.jsonl, row 7: it has 'prompt', and none of the first rows has"):
+        start(tmp_path / "mixed", dataset_streaming=True, **options)
+
+
 def test_pictures_of_a_stream_are_seen(tmp_path):
     model, processor = see("llava")
     options = {"processing_class": processor, "shuffle": False, "per_device_train_batch_size": 2, "max_steps": 5}
@@ -204,6 +219,18 @@ def test_a_stream_that_the_caller_gives_needs_no_option(tmp_path, steps):
         start(tmp_path / "c", rows=as_stream(ROWS))
     with pytest.raises(UserError, match="a list of dicts .only the training set may be a stream., not IterableDataset"):
         start(tmp_path / "c", max_steps=1, eval_strategy="steps", eval_rows=as_stream(ROWS))
+
+
+def test_a_stream_that_cannot_be_the_same_everywhere_and_again_is_refused(tmp_path, monkeypatch):
+    shuffled = as_stream(ROWS).shuffle(seed=1, buffer_size=5)
+    mixed = datasets.interleave_datasets([as_stream(ROWS), shuffled.map(lambda row: row)])
+    for rows in (shuffled, mixed):
+        with pytest.raises(UserError, match="has a shuffle buffer of its own, which no checkpoint can keep: leave out"):
+            start(tmp_path, rows=rows, max_steps=1)
+    start(tmp_path, rows=datasets.interleave_datasets([as_stream(ROWS), as_stream(ROWS)]), max_steps=1)
+    monkeypatch.setattr("dpo.distributed.gather_lists", lambda values, world: [*values, "of another process"])
+    with pytest.raises(UserError, match="the processes read different rows: give each of them the whole stream"):
+        start(tmp_path, rows=as_stream(ROWS), max_steps=1, overwrite_output_dir=True)
 
 
 def test_rows_are_shuffled_in_blocks_of_the_size_that_is_asked_for(tmp_path, steps):
