@@ -160,12 +160,13 @@ def test_in_order_it_trains_as_the_whole_set_does(more, tmp_path):
 
 
 def test_files_of_other_kinds_follow_one_another(few, tmp_path):
-    """Behind the rows that are looked at before, a file without prompts, one with: each row is as its own file has it."""
+    """Behind the rows that are looked at before, a file without prompts, and one with: each row is as its file has it."""
     joined = [{key: row["prompt"] + row[key] for key in ("chosen", "rejected")} for row in ROWS[6:12]]
     (tmp_path / "files").mkdir()
     for name, rows in (("train-1", ROWS[:6]), ("train-2", joined), ("train-3", ROWS[12:])):
         jsonl(tmp_path / "files" / f"{name}.jsonl", rows)
     options = {"rows": str(tmp_path / "files"), "per_device_train_batch_size": 1, "shuffle": False, "max_steps": 35}
+    options["layout"] = "padded"
     whole = start(tmp_path / "whole", **options)
     streamed = start(tmp_path / "streamed", dataset_streaming=True, **options)
     assert curve(streamed) == curve(whole) and same(weights(streamed.model), weights(whole.model))
