@@ -160,7 +160,7 @@ def test_in_order_it_trains_as_the_whole_set_does(more, tmp_path):
 
 
 def test_files_of_other_kinds_follow_one_another(few, tmp_path):
-    """Behind the rows that are looked at before, a file without prompts, and one with: each row is as its file has it."""
+    """Behind the rows that are looked at before, a file without prompts, and one with: each row is as its file is."""
     joined = [{key: row["prompt"] + row[key] for key in ("chosen", "rejected")} for row in ROWS[6:12]]
     (tmp_path / "files").mkdir()
     for name, rows in (("train-1", ROWS[:6]), ("train-2", joined), ("train-3", ROWS[12:])):
