@@ -86,6 +86,15 @@ def add_adapter(
         raise ValueError(f"the adapter cannot be added: {first_line(error)}") from error
 
 
+def starts_from_base(peft_config) -> bool:
+    """Whether an adapter (a peft.PeftConfig, a dict of LoraConfig's arguments, or None) may begin with something worked
+    out of the base's weights: PiSSA and its like, DoRA, what is no LoRA."""
+    if peft_config is None:
+        return False
+    config = peft_config if isinstance(peft_config, dict) else {"init_lora_weights": None, **peft_config.to_dict()}
+    return config.get("init_lora_weights", True) not in (True, False, "gaussian") or bool(config.get("use_dora"))
+
+
 def check_adapter_name(model: torch.nn.Module, name: str | None) -> None:
     """Refuses a name of an adapter that is part of a module's: a parameter's name would not tell which one it is of."""
     if any(name in path.split(".") for path, _ in model.named_modules()):

@@ -22,6 +22,7 @@ def epoch_windows(
     drop_last: bool = False,
     most_tokens: int | None = None,
     tokens_of=None,
+    window_size: int | None = None,
 ) -> list[list[list[list[int]]]]:
     """Which rows train together: windows[optimizer step][micro-batch][rank] -> row indices.
 
@@ -31,9 +32,10 @@ def epoch_windows(
     leaves it out), and a rank may then get an empty list. lengths are tokens of each row; group_by_length makes windows
     of similar length throughout (the gradient noise is then no longer independent of length). With most_tokens a window
     is cut where a rank's next batch would have more, as tokens_of(row indices) counts them, instead of every batch_size
-    rows: the gradient is the same, too. Needs: cut_by_tokens.
+    rows: the gradient is the same, too. window_size, in place of that product, is for a run that goes on with another
+    number of ranks: its windows stay. Needs: cut_by_tokens.
     """
-    window_size = batch_size * accumulation * world_size
+    window_size = window_size or batch_size * accumulation * world_size
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(lengths), generator=generator).tolist() if shuffle else list(range(len(lengths)))
     if group_by_length:
@@ -47,7 +49,7 @@ def epoch_windows(
         windows = [windows[i] for i in torch.randperm(len(windows), generator=generator).tolist()]
     plan = []
     for window in windows:
-        if accumulation * world_size > 1 or most_tokens:
+        if window_size > batch_size or most_tokens:
             window = sorted(window, key=lambda row: lengths[row], reverse=True)
         # Deal the rows out like cards: neighbours in length go to different ranks, which then take equally long.
         ranks = [window[rank::world_size] for rank in range(world_size)]

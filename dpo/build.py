@@ -36,6 +36,7 @@ from dpo.reference import (
     without_dropout,
 )
 from dpo.rows import first_line
+from dpo.sharding import as_if_in_memory
 
 logger = logging.getLogger("dpo")
 
@@ -60,9 +61,10 @@ def build_policy(model, peft_config, *, args: DPOConfig) -> torch.nn.Module:
     name, ref_name = adapters.adapter_key(args.model_adapter_name), adapters.adapter_key(args.ref_adapter_name)
     if isinstance(model, str):
         kwargs = {**how_to_load(args), "revision": args.model_revision, **args.model_init_kwargs}
-        model = models.load_model(model, adapter_name=name, **kwargs)
+        model = load(model, peft_config, adapter_name=name, args=args, **kwargs)
         if ref_name is not None:
-            frozen_adapter(model, ref_name)
+            with as_if_in_memory(model):
+                frozen_adapter(model, ref_name)
     else:
         model = models.keep_differentiable(distributed.bare(model))
         if broken := models.not_finite(model):
@@ -74,7 +76,8 @@ def build_policy(model, peft_config, *, args: DPOConfig) -> torch.nn.Module:
     if args.disable_dropout:
         models.disable_dropout(model)
     if peft_config is not None:
-        model = adapters.add_adapter(model, peft_config, name, args.model_revision)
+        with as_if_in_memory(model):
+            model = adapters.add_adapter(model, peft_config, name, args.model_revision)
     if name or ref_name:
         adapters.pick_adapter(model, name or getattr(model, "active_adapter", None), ref_name)
     checks.check_trainable(model, fp16=args.fp16)
@@ -83,6 +86,19 @@ def build_policy(model, peft_config, *, args: DPOConfig) -> torch.nn.Module:
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False, **args.gradient_checkpointing_kwargs})
     return model
+
+
+def load(name: str, peft_config=None, *, args: DPOConfig, **kwargs) -> torch.nn.Module:
+    """A model by its name, which may get an adapter: whole; or, to be laid out in shards, without memory, where that
+    can be."""
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    known = set(inspect.signature(models.load_empty).parameters)
+    model = None
+    if args.fsdp and kwargs.keys() <= known and not adapters.starts_from_base(peft_config):
+        model = models.load_empty(name, **kwargs)
+    if args.fsdp and model is None:
+        logger.info("%s: each process loads all of it, in the host's memory, and keeps its share", name)
+    return model or models.load_model(name, **kwargs)
 
 
 def how_to_load(args: DPOConfig) -> dict:
@@ -125,6 +141,13 @@ def make_collator(processing_class, model, *, args: DPOConfig) -> DataCollatorFo
     return DataCollatorForPreference(padding_value, "padded", read, start, args.label_pad_token_id)
 
 
+def in_shards(args: DPOConfig) -> dict | None:
+    """How `sharding.shard` lays out policy and reference; None where each process holds all of them."""
+    if args.fsdp is None:
+        return None
+    return {"block_names": args.fsdp_transformer_layer_cls_to_wrap, "offload": args.fsdp_offload}
+
+
 def compile_models(model, ref_model, *, args: DPOConfig) -> None:
     options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
     options = {key: value for key, value in options.items() if value is not None}
@@ -152,7 +175,7 @@ def build_reference(policy, ref_model, columns: list[str], *, args: DPOConfig) -
         raise UserError("a model with an adapter is its own reference: leave out ref_model, or add force_use_ref_model")
     if ref_model is not None:
         if isinstance(ref_model, str):
-            ref_model = models.load_model(ref_model, **{**how_to_load(args), **args.ref_model_init_kwargs})
+            ref_model = load(ref_model, args=args, **{**how_to_load(args), **args.ref_model_init_kwargs})
         if reads_apart(ref_model, args=args) != reads_apart(policy, args=args):
             raise UserError("of policy and reference one is an encoder-decoder, the other is not: take two of a kind")
         ref_model = without_dropout(models.keep_differentiable(ref_model)).requires_grad_(False)
@@ -170,7 +193,8 @@ def build_reference(policy, ref_model, columns: list[str], *, args: DPOConfig) -
     if args.precompute_ref_log_probs:
         return Reference(**common, ref_model=policy, kind="the policy before it trains"), must_agree
     if own and getattr(policy.peft_config[policy.active_adapter], "bias", "none") == "none":
-        return Reference(**common, ref_adapter_name=frozen_adapter(policy), kind="a frozen adapter"), must_agree
+        with as_if_in_memory(policy):
+            return Reference(**common, ref_adapter_name=frozen_adapter(policy), kind="a frozen adapter"), must_agree
     return Reference(**common, ref_model=frozen_copy(policy), kind="a frozen copy of the policy"), must_agree
 
 
@@ -270,6 +294,11 @@ def loss_names(args: DPOConfig) -> list[str]:
 
 def needs_reference(args: DPOConfig) -> bool:
     return not args.reference_free and bool(set(loss_names(args)) & set(WITH_REFERENCE))
+
+
+def forward_options(args: DPOConfig) -> dict:
+    """The options that the policy's `concatenated_forward` has."""
+    return {name: getattr(args, name) for name in ("ld_alpha", "use_weighting", "logits_budget")}
 
 
 def loss_options(args: DPOConfig, state: TrainingState) -> dict:

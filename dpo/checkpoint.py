@@ -4,19 +4,30 @@ import logging
 import math
 import random
 from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import safetensors.torch
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from peft import PeftModel
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from dpo import files
-from dpo.distributed import World, barrier, unwrap
+from dpo.distributed import World, barrier, by_first, gather_lists, group_of_threads, unwrap
 from dpo.models import not_finite
+from dpo.rows import first_line
+from dpo.sharding import gather
 
 logger = logging.getLogger("dpo")
+SHARDS = "state"  # the folder in a checkpoint that torch.distributed.checkpoint writes
+# How a step's pairs are shared out, which changes where a run goes on with another number of processes.
+OF_PROCESSES = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
+AT_ONCE = 2.0  # seconds: what is written faster is waited for, so that whatever comes next finds it
 
 
 @dataclass
@@ -53,59 +64,196 @@ def save_model(directory: Path, world: World, model: torch.nn.Module, processing
     """The model (safetensors; an adapter alone for PEFT) and its tokenizer, loadable with from_pretrained. Every
     process takes part; the first one writes. Raises: ValueError if a weight is not finite: it would be saved as if it
     were good."""
-    if broken := not_finite(model):
-        raise ValueError(f"the weights of {broken} are not finite: lower learning_rate")
+    weights = exported(model, world, copy=False)
     if world.rank == 0:
-        adapter = getattr(model, "active_adapter", None)
-        own = {"selected_adapters": [adapter]} if isinstance(model, PeftModel) else {}  # not that of the reference
-        if hasattr(type(unwrap(model)), "save_pretrained"):
-            model.save_pretrained(directory, **own)
-        else:  # a module of the caller's own: its weights by their names
-            directory.mkdir(parents=True, exist_ok=True)
-            safetensors.torch.save_model(unwrap(model), directory / "model.safetensors")
-        if own and (directory / adapter).is_dir():
-            # PEFT puts an adapter that has a name into a folder of its own, where nothing looks for it.
-            for path in (directory / adapter).iterdir():
-                path.rename(directory / path.name)
-            (directory / adapter).rmdir()
-        processing_class.save_pretrained(directory)
+        write_model(directory, model, weights, processing_class)
     barrier(world)
 
 
-def save_checkpoint(
-    directory: Path, world: World, *, model, processing_class, state, stateful: dict, same_run: dict, only_model: bool
-) -> None:
-    """Writes checkpoint-N, whole or not at all (see `files.written_aside`).
+def exported(model: torch.nn.Module, world: World, *, copy: bool) -> dict[str, torch.Tensor]:
+    """The weights that `write_model` writes, whole, in the first process; all have to ask. Of a model with an adapter
+    those that train, and the embeddings, which may have grown. Raises: ValueError as `save_model` does."""
+    if broken := not_finite(model):
+        raise ValueError(f"the weights of {broken} are not finite: lower learning_rate")
+    own = unwrap(model)
+    if not isinstance(model, PeftModel):
+        named = own.state_dict(keep_vars=True)
+    else:
+        layers = (own.get_input_embeddings(), own.get_output_embeddings())
+        tables = {id(p) for layer in layers if layer is not None for p in layer.parameters()}
+        named = {name: p for name, p in own.named_parameters() if p.requires_grad or id(p) in tables}
+    return gather(named, keep=world.rank == 0, copy=copy)
 
-    Args: state, this process's; stateful, the optimizer and whatever else has a state_dict, by name; same_run, what a
-    run must have in common with this one to go on from here; only_model, save nothing of these.
+
+def write_model(directory: Path, model: torch.nn.Module, weights: dict[str, torch.Tensor], processing_class) -> None:
+    """Writes a model with the weights that `exported` gave, and its tokenizer."""
+    adapter, own = getattr(model, "active_adapter", None), unwrap(model)
+    if isinstance(model, PeftModel):
+        model.save_pretrained(directory, state_dict=weights, selected_adapters=[adapter])  # not that of the reference
+    elif hasattr(type(own), "save_pretrained"):
+        own.save_pretrained(directory, state_dict=weights)
+    else:  # a module of the caller's own: its weights by their names
+        directory.mkdir(parents=True, exist_ok=True)
+        once = {id(value): (name, value) for name, value in reversed(weights.items())}  # a tied one has several names
+        named = {name: value.contiguous() for name, value in reversed(once.values())}
+        safetensors.torch.save_file(named, directory / "model.safetensors", {"format": "pt"})
+    if isinstance(model, PeftModel) and (directory / adapter).is_dir():
+        # PEFT puts an adapter that has a name into a folder of its own, where nothing looks for it.
+        for path in (directory / adapter).iterdir():
+            path.rename(directory / path.name)
+        (directory / adapter).rmdir()
+    processing_class.save_pretrained(directory)
+
+
+@dataclass
+class Saving:
+    """A checkpoint on its way to the disk. written, this process's part of it; in the first process it ends when the
+    checkpoint has its name."""
+
+    directory: Path
+    written: Future
+
+
+def begin_checkpoint(
+    directory: Path,
+    world: World,
+    *,
+    model,
+    processing_class,
+    state,
+    optimizer,
+    reference,
+    plain: dict,
+    same_run: dict,
+    only_model: bool,
+) -> Saving:
+    """Copies what checkpoint-N will hold, and lets threads write it while training goes on: whole or not at all (see
+    `files.begin_aside`). state/, by torch.distributed.checkpoint, has the tensors to go on from, each process's share;
+    state.pt all that is no tensor of the model's or the optimizer's, of every process; beside them the model itself.
+
+    Args: state, this process's; plain, whatever else has a state_dict, by name; same_run, what a run must have in
+    common with this one to go on from here; only_model, save nothing to go on from but the weights.
     """
-    with files.written_aside(directory, world) as unfinished:
-        save_model(unfinished, world, model, processing_class)
+    weights, own = exported(model, world, copy=True), {"state": state.state_dict(), "random": _random_states()}
+    tensors, small = to_go_on(model, optimizer, reference)
+    unfinished = by_first(lambda: files.begin_aside(directory), world)
+    small = {"optimizer": small, "same_run": same_run, "ranks": gather_lists([own], world)}
+    small |= {key: each.state_dict() for key, each in plain.items()}
+    shards = dcp.async_save({"model": tensors["model"]} if only_model else tensors, **_at(unfinished, world))
+
+    def finish() -> None:
+        write_model(unfinished, model, weights, processing_class)
         if not only_model:
-            if world.rank == 0:
-                states = {key: each.state_dict() for key, each in stateful.items()}
-                torch.save({"same_run": same_run, **states}, unfinished / "state.pt")
-            rank_state = {"state": state.state_dict(), "random": _random_states()}
-            torch.save(rank_state, unfinished / f"rank-{world.rank}.pt")
+            torch.save(small, unfinished / "state.pt")
+        shards.result()
+        files.end_aside(unfinished, directory)
+
+    saving = Saving(directory, in_background(finish) if world.rank == 0 else shards)
+    if world.rank == 0:
+        wait([saving.written], timeout=AT_ONCE)
+    return saving
+
+
+def end_checkpoint(saving: Saving, world: World) -> None:
+    """Waits for a checkpoint, in all processes. Raises: ValueError, in all of them, if it could not be written."""
+    if world.rank > 0:
+        saving.written.exception()
+    by_first(lambda: result_of(saving), world)
+
+
+def result_of(saving: Saving) -> None:
+    """In the first process: waits for a checkpoint. Raises: ValueError in one line if it could not be written."""
+    try:
+        saving.written.result()
+    except Exception as error:  # a full disk is an OSError, torch's RuntimeError, or safetensors' own
+        files.remove_aside(saving.directory)
+        raise ValueError(f"{saving.directory} could not be written: {first_line(error)}") from error
+
+
+def in_background(work: Callable) -> Future:
+    pool = ThreadPoolExecutor(max_workers=1)
+    future = pool.submit(work)
+    pool.shutdown(wait=False)
+    return future
+
+
+def to_go_on(model: torch.nn.Module, optimizer, reference) -> tuple[dict[str, dict], dict]:
+    """(the tensors that a run goes on from, of the model those that training changes, under names that no layout of
+    processes changes; what else the optimizer has)."""
+    own = unwrap(model)
+    kept = own.state_dict().keys()
+    weights = {name: p for name, p in own.named_parameters() if p.requires_grad}
+    weights |= {name: buffer for name, buffer in own.named_buffers() if name in kept}
+    of_optimizer = get_optimizer_state_dict(own, optimizer)
+    state, small = {}, {"param_groups": of_optimizer["param_groups"], "state": {}}
+    for name, values in of_optimizer["state"].items():
+        state |= {f"{name}/{key}": value for key, value in values.items() if isinstance(value, torch.Tensor)}
+        small["state"][name] = {key: value for key, value in values.items() if not isinstance(value, torch.Tensor)}
+    return {"model": weights, "optimizer": state, "reference": reference.state_dict()}, small
 
 
 def load_checkpoint(
-    directory: Path, world: World, *, model, state: TrainingState, stateful: dict, same_run: dict
+    directory: Path, world: World, *, model, state: TrainingState, optimizer, reference, plain: dict, same_run: dict
 ) -> None:
-    """Puts what the checkpoint saved into model, state and stateful, and its random states in force.
+    """Puts what the checkpoint saved into model, optimizer, reference, state and plain; and its random states in force,
+    if it is of as many processes as there are now.
 
     Raises: ValueError if its run differs from this one in what same_run says: it could not go on exactly.
     """
     saved = check_same_run(directory, same_run)
-    if not saved.keys() >= stateful.keys():
+    if not saved.keys() >= {*plain, "ranks", "optimizer"}:
         raise ValueError(f"resume_from_checkpoint {directory}: another version saved it")
-    load_weights(directory, model)
-    for key, each in stateful.items():
+    tensors, _ = to_go_on(model, optimizer, reference)
+    _read(directory, tensors, world)  # in place
+    values = {name: dict(small) for name, small in saved["optimizer"]["state"].items()}
+    for path, tensor in tensors["optimizer"].items():
+        name, _, key = path.rpartition("/")
+        values[name][key] = tensor
+    whole = {"state": values, "param_groups": saved["optimizer"]["param_groups"]}
+    set_optimizer_state_dict(unwrap(model), optimizer, whole)
+    for key, each in plain.items():
         each.load_state_dict(saved[key])
-    rank_state = torch.load(directory / f"rank-{world.rank}.pt", map_location="cpu", weights_only=True)
-    state.load_state_dict(rank_state["state"])
-    _set_random_states(rank_state["random"])
+    ranks = saved["ranks"]
+    if len(ranks) == world.size:
+        state.load_state_dict(ranks[world.rank]["state"])
+        _set_random_states(ranks[world.rank]["random"])
+    else:
+        state.load_state_dict(shared_out([each["state"] for each in ranks], world))
+
+
+def shared_out(states: list[dict], world: World) -> dict:
+    """The state for this process of a run that goes on with another number of them: what is the same in all, and the
+    sums in the first. Seconds are those of each."""
+    sums = {key: sum(each["sums"][key] for each in states) for key in states[0]["sums"]}
+    sums = {key: value if world.rank == 0 else 0.0 for key, value in sums.items()}
+    if "seconds" in sums:
+        sums["seconds"] = sum(each["sums"]["seconds"] for each in states) / len(states)
+    return {**states[0], "sums": sums}
+
+
+def load_weights(directory: Path, world: World, model: torch.nn.Module) -> None:
+    """Overwrites what trains of a model with what a checkpoint saved."""
+    own = unwrap(model)
+    trained = {name: p for name, p in own.named_parameters() if p.requires_grad}
+    _read(directory, {"model": trained}, world)
+
+
+def _read(directory: Path, tensors: dict, world: World) -> None:
+    """Reads each process's share of a checkpoint into tensors."""
+    try:
+        dcp.load(tensors, **_at(directory, world))
+    except Exception as error:  # one of torch's own many
+        raise ValueError(
+            f"{directory / SHARDS} does not fit this run's model and optimizer: {first_line(error)}"
+        ) from error
+
+
+def _at(directory: Path, world: World) -> dict:
+    """Where torch.distributed.checkpoint writes and reads, and who takes part."""
+    where = {"checkpoint_id": directory / SHARDS}
+    if world.size == 1:
+        return where | {"no_dist": True}
+    return where | {"process_group": group_of_threads(dist.group.WORLD)}
 
 
 def check_same_run(directory: Path, same_run: dict) -> dict:
@@ -115,7 +263,9 @@ def check_same_run(directory: Path, same_run: dict) -> dict:
     before = saved["same_run"]
     if not same_run.keys() <= before.keys():
         raise ValueError(f"resume_from_checkpoint {directory}: another version of this code saved it")
-    differing = [f"{key} {before.get(key)} (now {now})" for key, now in same_run.items() if now != before.get(key)]
+    free = OF_PROCESSES if before["processes"] != same_run.get("processes") else ()
+    now = {key: value for key, value in same_run.items() if key not in free}
+    differing = [f"{key} {before.get(key)} (now {value})" for key, value in now.items() if value != before.get(key)]
     if differing:
         raise ValueError(f"resume_from_checkpoint {directory}: it is of another run, with {', '.join(differing)}")
     return saved
@@ -126,18 +276,6 @@ def read_state(directory: Path) -> dict:
     if not (directory / "state.pt").exists():
         raise ValueError(f"resume_from_checkpoint {directory}: it has no state.pt (saved with save_only_model?)")
     return torch.load(directory / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-
-
-def load_weights(directory: Path, model: torch.nn.Module) -> None:
-    """Overwrites the weights of model (of its adapter, for PEFT) with those saved in directory."""
-    model = unwrap(model)
-    if isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, load_peft_weights(str(directory), device="cpu"), model.active_adapter)
-    elif hasattr(type(model), "from_pretrained"):
-        saved = type(model).from_pretrained(directory, dtype=model.dtype)
-        model.load_state_dict(saved.state_dict())
-    else:
-        safetensors.torch.load_model(model, directory / "model.safetensors")
 
 
 def _random_states() -> dict:

@@ -18,6 +18,7 @@ from dpo.logprobs import concatenated_forward, forward_in_chunks, forward_kept_p
 from dpo.reference import without_aux_loss
 from dpo.rows import first_line
 from dpo.sampling import prompts_of
+from dpo.sharding import local
 
 # Nats a token, in float32, of another layout, or of a head in chunks. Of 189 small families the exact ones differ by
 # 2e-5 at most, a window that is one key too wide by 3e-3; SmolLM2, of 30 layers, by 3e-5.
@@ -290,7 +291,8 @@ def in_float32(model: torch.nn.Module):
 @contextmanager
 def no_zeros(model: torch.nn.Module):
     """Inside, weights that are all zero, as new parts begin, are small random numbers: what they will do shows, too."""
-    zeros = [each for each in model.parameters() if each.is_floating_point() and not each.is_meta and not each.any()]
+    floats = (local(each) for each in model.parameters() if each.is_floating_point() and not each.is_meta)
+    zeros = [each for each in floats if not each.any()]
     try:
         for each in zeros:
             each.normal_(std=0.02)

@@ -236,6 +236,15 @@ class DPOConfig:
     ddp_backend: str | None = option(None, "nccl or gloo; by default nccl on GPUs, gloo on CPUs.")
     ddp_timeout: int = option(1800, "Seconds after which a process that waits for another gives up.", least=1)
     ddp_find_unused_parameters: bool = option(False, "For models that leave some trained parameters out of a step.")
+    fsdp: str | None = option(
+        None,
+        "Share parameters, gradients and optimizer state in shards among processes, in place of a copy in each.",
+        choices="full_shard",
+    )
+    fsdp_offload: bool = option(False, "Keep the shards of GPUs in the host's memory.", needs="fsdp")
+    fsdp_transformer_layer_cls_to_wrap: Words = option(
+        None, "Classes of the blocks gathered at a time; by default as the model says.", needs="fsdp"
+    )
 
     def __new__(cls, *args, **options):
         known = {each.name for each in dataclasses.fields(cls)}
@@ -281,7 +290,7 @@ class DPOConfig:
             name, value = each.name, getattr(self, each.name)
             belongs_to = takers(name) if name != "beta" else ()  # it scales the rewards of every loss
             choices, needs = each.metadata["choices"], each.metadata["needs"].split()
-            if choices and value not in choices:
+            if choices and value not in (*choices, each.default):
                 raise ValueError(f"{name} is {value!r}: choose one of {', '.join(choices)}")
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, int | float):
@@ -308,13 +317,14 @@ class DPOConfig:
         named, needed = self.ref_adapter_name is not None, bool(refers) and not self.reference_free
         sync, no_eval, schedule = self.sync_ref_model, self.eval_strategy == "no", self.lr_scheduler_type
         evaluation = self.eval_on_start or self.generate_during_eval or self.eval_dataset_name
-        unlike, accumulates = self.eval_strategy != self.save_strategy, self.gradient_accumulation_steps > 1
+        unlike = self.eval_strategy != self.save_strategy
         ld, best = self.ld_alpha is not None, self.load_best_model_at_end
         warms_up, limits = self.warmup_steps or self.warmup_ratio, (self.max_length, self.max_prompt_length)
         eval_steps = self.eval_steps or self.logging_steps
         apart = self.eval_strategy == "steps" and min(eval_steps, self.save_steps) >= 1 and self.save_steps % eval_steps
         return [
             (self.bf16 and self.fp16, "bf16 and fp16 exclude each other: keep one"),
+            (self.fp16 and self.fsdp, "fp16 scales the gradients of whole models, not of fsdp's shards: take bf16"),
             (self.fp16 and self.dtype in ("float16", "bfloat16"), "fp16 needs float32 weights: leave out dtype"),
             (self.max_steps == 0, "max_steps is 0: it must be at least 1, or -1 for no limit"),
             (
@@ -382,11 +392,6 @@ class DPOConfig:
                 f"use_weighting weighs pairs, {listed} does not: leave one out",
             ),
             (ld and by_rank, f"ld_alpha compares the two of a pair, {listed} ranks more: leave one out"),
-            (
-                sorts and self.max_tokens_per_micro_batch is not None,
-                f"{listed} sorts the whole batch: leave out max_tokens_per_micro_batch",
-            ),
-            (accumulates and sorts, f"{listed} sorts the whole batch: leave out gradient_accumulation_steps"),
             (no_eval and evaluation, "eval_on_start, generate_during_eval and eval_dataset_name need an eval_strategy"),
             (best and (no_eval or unlike), "load_best_model_at_end needs eval_strategy and save_strategy set alike"),
             (schedule in ("reduce_lr_on_plateau", "greedy"), f"lr_scheduler_type {schedule} needs a metric: no use"),
@@ -491,8 +496,9 @@ hub_revision hub_private_repo hub_always_push: after the run: hf upload NAME OUT
 use_num_logits_to_keep: only completion positions ever reach the head
 ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph dataloader_multiprocessing_context dataloader_in_order: \
 PyTorch's defaults serve
-parallelism_config fsdp fsdp_min_num_params fsdp_config fsdp_transformer_layer_cls_to_wrap deepspeed: this version \
-replicates the model in every process (DDP) and does not shard it
+fsdp_config: use fsdp, fsdp_offload and fsdp_transformer_layer_cls_to_wrap
+fsdp_min_num_params: blocks are what is gathered at a time: fsdp_transformer_layer_cls_to_wrap names them
+parallelism_config deepspeed: processes share a model by DDP, or in shards by fsdp
 """
 LEFT_OUT = [line.split(": ", 1) for line in LEFT_OUT.strip().splitlines()]
 

@@ -9,13 +9,15 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
+
+from dpo import sharding
 
 
 class World(NamedTuple):
@@ -26,8 +28,8 @@ class World(NamedTuple):
     device: torch.device
 
 
-def setup(*, use_cpu: bool = False, backend: str | None = None, timeout: int = 1800) -> World:
-    """Joins the other processes that torchrun started, if any. Without torchrun: a world of one."""
+def setup(*, use_cpu: bool = False, backend: str | None = None, timeout: int = 1800, shards: bool = False) -> World:
+    """Joins the other processes that torchrun started, if any. Without torchrun: a world of one, which shards, too."""
     size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     gpu = torch.cuda.is_available() and not use_cpu
     device = torch.device("cuda", local_rank) if gpu else torch.device("cpu")
@@ -38,10 +40,19 @@ def setup(*, use_cpu: bool = False, backend: str | None = None, timeout: int = 1
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
-    if size > 1 and not dist.is_initialized():
-        backend = backend or ("nccl" if gpu else "gloo")
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    if (size > 1 or shards) and not dist.is_initialized():
+        of_devices = "cpu:gloo,cuda:nccl" if shards else "nccl"  # shards may be kept in the host's memory
+        backend = backend or (of_devices if gpu else "gloo")
+        alone = {} if size > 1 else {"store": dist.TCPStore("localhost", 0, 1, True), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), **alone)
     return World(rank=int(os.environ.get("RANK", 0)), size=size, device=device)
+
+
+@cache
+def group_of_threads(_processes: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A second group of all processes, of their hosts, for what goes on in the background: no collective of the
+    training's may come in between."""
+    return dist.new_group(backend="gloo")
 
 
 def keep_freed_memory() -> None:
@@ -58,10 +69,18 @@ def keep_freed_memory() -> None:
 
 
 def lay_out(
-    model: torch.nn.Module, world: World, *, trains: bool, find_unused_parameters: bool = False
+    model: torch.nn.Module,
+    world: World,
+    *,
+    trains: bool,
+    find_unused_parameters: bool = False,
+    shards: dict | None = None,
 ) -> torch.nn.Module:
     """A model, on its device, as the processes share it: the one rule for policy and reference, decided here and
-    nowhere else. Each process holds all of both; DDP averages the gradients of the one that trains."""
+    nowhere else. Each process holds all of both, and DDP averages the gradients of the one that trains; or each holds
+    a share, laid out by `sharding.shard` with the options that shards has."""
+    if shards is not None:
+        return sharding.shard(model, world.device, find_unused_parameters=find_unused_parameters, **shards)
     model.to(world.device)
     if world.size == 1 or not trains:
         return model
@@ -84,6 +103,14 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
 def synchronize_gradients(model: torch.nn.Module, now: bool):
     """Context of a backward pass: gradients are averaged over the processes in a window's last one only."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
+
+
+def clip_gradients(parameters: list[torch.nn.Parameter], most: float) -> torch.Tensor:
+    """Scales gradients down to a norm of at most so much, over all of a model that is in shards, too. Returns: the norm
+    before that."""
+    norm = sharding.whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    torch.nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm
 
 
 def sum_over_ranks(values: dict[str, float | torch.Tensor], world: World) -> dict[str, float]:
@@ -121,20 +148,15 @@ def by_first(action: Callable, world: World):
     return result
 
 
-def gather_pairs(values: dict[str, torch.Tensor], world: World) -> tuple[dict[str, torch.Tensor], slice]:
-    """The (B,) tensors of all processes, each with its own B, concatenated in the order of ranks, with their gradients;
-    and where this process's own are among them."""
-    count = len(next(iter(values.values())))
+def gather_rows(values: dict[str, torch.Tensor], world: World) -> tuple[dict[str, torch.Tensor], int]:
+    """The (n, ...) tensors of all processes, each with its own n, concatenated in the order of ranks, without gradient;
+    and where this process's own begin."""
+    values = {name: value.detach() for name, value in values.items()}
     if world.size == 1:
-        return values, slice(0, count)
-    counts = gather_lists([count], world)
-    longest, gathered = max(counts), {}
-    for key, value in values.items():
-        padded = torch.nn.functional.pad(value, (0, longest - count))
-        parts = dist.nn.functional.all_gather(padded)
-        gathered[key] = torch.cat([part[:number] for part, number in zip(parts, counts, strict=True)])
-    start = sum(counts[: world.rank])
-    return gathered, slice(start, start + count)
+        return values, 0
+    parts = gather_lists([{name: value.cpu() for name, value in values.items()}], world)
+    start = sum(len(next(iter(part.values()))) for part in parts[: world.rank])
+    return {name: torch.cat([part[name] for part in parts]).to(world.device) for name in values}, start
 
 
 def gather_lists(values: list, world: World) -> list:

@@ -132,29 +132,50 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def written_aside(directory: Path, world: World):
-    """A folder to write into, in every process. When the block is done and all of it is on the disk, sealed, it takes
-    the name directory; if anything fails it is removed. Raises: ValueError then, in one line."""
-    unfinished, first = directory.with_name(directory.name + ".unfinished"), world.rank == 0
+    """A folder to write into, in every process. When the block is done it takes the name directory, as `end_aside` has
+    it; if anything fails it is removed. Raises: ValueError then, in one line."""
     try:
-        if first:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+        unfinished = begin_aside(directory) if world.rank == 0 else aside(directory)
         barrier(world)
         yield unfinished
         barrier(world)
-        if first:
-            seal(unfinished)
-            if is_sealed(directory) and not directory.is_symlink():
-                remove_sealed(directory)
-            if directory.exists() or directory.is_symlink():  # no run's: it is kept, under another name
-                directory.rename(free_name(directory))
-            unfinished.rename(directory)
-            sync(directory.parent)
+        if world.rank == 0:
+            end_aside(unfinished, directory)
         barrier(world)
     except Exception as error:  # a full disk is an OSError, torch's RuntimeError, or safetensors' own
-        if first:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        if world.rank == 0:
+            remove_aside(directory)
         raise ValueError(f"{directory} could not be written: {first_line(error)}") from error
+
+
+def aside(directory: Path) -> Path:
+    """Where a folder is written before it has its name."""
+    return directory.with_name(directory.name + ".unfinished")
+
+
+def begin_aside(directory: Path) -> Path:
+    """An empty folder to write into. Raises: ValueError in one line."""
+    remove_aside(directory)
+    try:
+        aside(directory).mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(f"{directory} could not be written: {first_line(error)}") from error
+    return aside(directory)
+
+
+def end_aside(unfinished: Path, directory: Path) -> None:
+    """Gives a folder that was written aside its name, once all of it is on the disk, sealed."""
+    seal(unfinished)
+    if is_sealed(directory) and not directory.is_symlink():
+        remove_sealed(directory)
+    if directory.exists() or directory.is_symlink():  # no run's: it is kept, under another name
+        directory.rename(free_name(directory))
+    unfinished.rename(directory)
+    sync(directory.parent)
+
+
+def remove_aside(directory: Path) -> None:
+    shutil.rmtree(aside(directory), ignore_errors=True)
 
 
 def free_name(path: Path) -> Path:

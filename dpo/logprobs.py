@@ -148,14 +148,16 @@ def forward_in_chunks(
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         how = chunk, aligned, dtype, *scale_and_cap(config)
         results.extend(ChunkedLogps.apply(hidden, head.weight, head.bias, targets, *how))
-        return results[0][None, :, None]  # of a shape that the model takes for logits
+        return results[0][None, :, None].clone()  # of a shape that the model takes for logits
 
     head.forward = in_chunks
     try:
         output = call(model, inputs)
     finally:
         del head.forward
-    return output, *results
+    logps, alignment = results
+    # Nothing is added, but the gradient passes through the output, where FSDP learns that the weights are needed again.
+    return output, logps + 0.0 * output.logits.reshape(logps.shape), alignment
 
 
 class ChunkedLogps(torch.autograd.Function):

@@ -22,13 +22,13 @@ from transformers import EvalPrediction
 
 from dpo import checkpoint, costs, distributed, files, report, sampling
 from dpo.batches import epoch_windows, load_windows
-from dpo.build import autocast, how_to_load, loss_names, loss_options, reads
+from dpo.build import autocast, forward_options, how_to_load, loss_names, loss_options, reads
 from dpo.checkpoint import TrainingState
 from dpo.collate import ready_batch
 from dpo.config import DPOConfig, UserError, parse_args
-from dpo.distributed import World, gather_pairs, synchronize_gradients
+from dpo.distributed import World, synchronize_gradients
 from dpo.logprobs import concatenated_forward
-from dpo.losses import OVER_THE_BATCH, dpo_loss
+from dpo.losses import BEYOND_THE_PAIR, OVER_THE_BATCH, dpo_loss
 from dpo.merge import merge_adapter
 from dpo.models import router_coefficient
 from dpo.prepare import Run, checkpointed, note_files, plan_epoch, prepare, rest_of_stream, user_errors
@@ -36,6 +36,7 @@ from dpo.reference import Reference, without_dropout
 from dpo.report import create_model_card
 from dpo.sampling import generate_from_model_and_ref
 from dpo.stream import source_of, tell
+from dpo.windows import among_others, counted_pairs, look_ahead, mean_over_window, open_window
 
 __all__ = ["Run", "create_model_card", "evaluate", "generate_from_model_and_ref", "get_batch_loss_metrics", "train"]
 logger = logging.getLogger("dpo")
@@ -137,24 +138,22 @@ def get_batch_loss_metrics(
     """One batch through policy, reference and loss.
 
     Args: batch, of any layout; state and world matter to losses that look beyond the pair: BCO's running mean of the
-    rewards, which train_eval "eval" leaves as it is, and the processes that AOT's batch is gathered from.
+    rewards, which train_eval "eval" leaves as it is, and the processes whose pairs AOT sorts beside this one's.
     Returns: the loss of each pair, (B,), with gradient; and the metrics, each (B,), so that their sums are exact.
     """
     state, world = state or TrainingState(), world or World(rank=0, size=1, device=torch.device("cpu"))
-    batch, names = ready_batch(batch, model), set(loss_names(args))
-    how = {name: getattr(args, name) for name in ("ld_alpha", "use_weighting", "logits_budget")}
-    policy_logps = concatenated_forward(model, batch, **how)
+    batch, names, window = ready_batch(batch, model), set(loss_names(args)), batch.get("window")
+    policy_logps = concatenated_forward(model, batch, **forward_options(args))
     aux_loss = policy_logps.pop("aux_loss", None)  # a mixture of experts' load balance
-    pairs, pair_weights, tokens = counted_pairs(batch, policy_logps, reference(batch))
-    if train_eval == "train" and "bco_pair" in names:
-        add_rewards(state, pairs, beta=args.beta, world=world)
+    ref_logps = window.ref_logps if window else reference(batch)
+    pairs, pair_weights, tokens = counted_pairs(batch, policy_logps, ref_logps)
+    if window is None and names & set(BEYOND_THE_PAIR):  # the batch, beside those of the other processes, is all of it
+        (window,) = open_window([pairs], [ref_logps], world, state if train_eval == "train" else None, beta=args.beta)
 
-    parts, whole_batch = {}, bool(names & set(OVER_THE_BATCH))
-    all_pairs, own = gather_pairs(pairs, world) if whole_batch else (pairs, slice(None))  # own: this process's
+    (all_pairs, own), parts = among_others(pairs, window), {}  # own: this batch's
     losses, chosen_rewards, rejected_rewards = dpo_loss(**all_pairs, **loss_options(args, state), parts=parts)
-    if whole_batch:
-        losses = losses.mean().expand_as(losses)  # AOT has a value for each quantile, not for each pair
-    losses = losses[own] * pair_weights
+    sorts = names & set(OVER_THE_BATCH)
+    losses = pair_weights * (mean_over_window(losses, len(tokens)) if sorts else losses[own])
     if aux_loss is not None:
         losses = losses + router_coefficient(model) * aux_loss
     parts = {f"loss/{name}": part[own] for name, part in parts.items()} if len(parts) > 1 else {}
@@ -162,28 +161,7 @@ def get_batch_loss_metrics(
     return losses, batch_metrics(losses, tokens, pairs, *rewards, parts, aux_loss)
 
 
-# ------------------------------------------------------------------------------------------------ the pairs of a batch
-
-
-def counted_pairs(batch: dict, policy: dict, reference: tuple) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """(what `dpo_loss` takes of each pair, by its names; the pairs' weights; the tokens that the model read of each).
-    A row that only stands in, so that this process has something to do, is left out."""
-    values = {**policy, "ref_chosen_logps": reference[0], "ref_rejected_logps": reference[1]}
-    values |= {name: batch[name] for name in ("margins", "scores", "weights", "tokens") if name in batch}
-    if "index" in batch and not (present := batch["index"] >= 0).all():
-        values = {name: value[present] for name, value in values.items()}
-    weights = values.pop("weights", torch.ones_like(values["chosen_logps"]))
-    return values, weights, values.pop("tokens")
-
-
-@torch.no_grad()
-def add_rewards(state: TrainingState, pairs: dict, *, beta: float, world: World) -> None:
-    """Adds the rewards of a batch's pairs, of all processes, to the running mean that the BCO loss centres them on."""
-    ratios = [pairs[f"{which}_logps"] - pairs[f"ref_{which}_logps"] for which in ("chosen", "rejected")]
-    rewards = beta * torch.cat(ratios)
-    added = {"sum": float(rewards.double().sum()), "count": float(len(rewards))}
-    added = distributed.sum_over_ranks(added, world)
-    state.bco_sum, state.bco_count = state.bco_sum + added["sum"], state.bco_count + added["count"]
+# ------------------------------------------------------------------------------------------- metrics, and the gradient
 
 
 def batch_metrics(losses, tokens, pairs: dict, chosen_rewards, rejected_rewards, parts: dict, aux_loss) -> dict:
@@ -233,7 +211,7 @@ def clip_gradient(run: Run, micro_batches: list[dict]) -> torch.Tensor:
     while the weights are still good (float16's scaler leaves such a step out by itself)."""
     run.scaler.unscale_(run.optimizer)
     trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained, run.args.max_grad_norm or math.inf)
+    grad_norm = distributed.clip_gradients(trained, run.args.max_grad_norm or math.inf)
     if not run.args.fp16 and not torch.isfinite(grad_norm):
         indices = distributed.gather_lists([i for batch in micro_batches for i in batch["index"].tolist()], run.world)
         rows = "; ".join(name_of_row(run, i) for i in sorted(indices)[:8] if i >= 0)
@@ -261,7 +239,8 @@ def evaluate(
     compute_metrics=None,
 ) -> dict[str, float]:
     """The metrics of `get_batch_loss_metrics` over a whole tokenised dataset, each pair counted once whatever the batch
-    size and the number of processes; and those of compute_metrics. Keys begin with prefix."""
+    size and the number of processes; and those of compute_metrics. Keys begin with prefix. (The loss of AOT alone goes
+    by both: it sorts each batch, of all processes.)"""
     without_dropout(model)
     sizes = {"batch_size": args.per_device_eval_batch_size, "world_size": world.size}
     windows = epoch_windows(dataset["length"][:], **sizes, shuffle=False, group_by_length=True)
@@ -339,10 +318,14 @@ def rest_of_epoch(run: Run):
         for pairs, batches in loaded:
             if number := distributed.agree(run.signals, run.world):
                 leave(run, number)
+            if run.saving and run.saving.written.done() and run.world.rank == 0:
+                with naming_the_last_good(run):  # the others hear of a failure at the next save, or by torchrun
+                    checkpoint.result_of(run.saving)
             run.state.stream = run.stream and run.stream.place
             batches = [ready_batch(batch, run.model) for batch in batches]
             costs.count(run.state.sums, batches, run.prices, rate=run.matrix_rate)
             costs.between_steps(run.profile, run.state.sums)
+            see_window(run, batches)
             yield pairs, batches  # to the step, and whatever is due after it
 
 
@@ -357,6 +340,17 @@ def epoch_of(run: Run) -> float:
 def name_of_row(run: Run, index: int) -> str:
     """Where a row of a batch comes from."""
     return source_of(run.stream, index) if run.stream else run.train_rows[index]["source"]
+
+
+def see_window(run: Run, batches: list[dict]) -> None:
+    """Shows each of several micro-batches the pairs of the whole window, if the loss looks beyond the pair. (A single
+    one has them all in its own pass.)"""
+    if len(batches) > 1 and set(loss_names(run.args)) & set(BEYOND_THE_PAIR):
+        with autocast(run.args, run.world):
+            seen = look_ahead(run.policy, batches, run.reference, run.world, **forward_options(run.args))
+        windows = open_window(*seen, run.world, run.state, beta=run.args.beta)
+        for batch, window in zip(batches, windows, strict=True):
+            batch["window"] = window
 
 
 def due(step: int, total_steps: int, steps_per_epoch: int, *, args: DPOConfig) -> tuple[bool, bool, bool]:
@@ -411,22 +405,39 @@ def naming_the_last_good(run: Run):
 
 
 def save(run: Run, *, whole: bool = False) -> None:
-    """Writes checkpoint-N, whole or as the options say, and deletes the ones beyond save_total_limit."""
+    """Begins to write checkpoint-N, whole or as the options say; once it is there the ones beyond save_total_limit
+    go."""
     only_model = run.args.save_only_model and not whole
     options = {"processing_class": run.processing_class, "only_model": only_model}
     directory = run.output_dir / f"checkpoint-{run.state.step}"
+    end_saving(run)
     with naming_the_last_good(run):
-        checkpoint.save_checkpoint(directory, run.world, **options, **checkpointed(run))
+        run.saving = checkpoint.begin_checkpoint(directory, run.world, **options, **checkpointed(run))
+
+
+def end_saving(run: Run) -> None:
+    """Waits, in all processes, for the checkpoint that is being written, if any."""
+    if run.saving:
+        with naming_the_last_good(run):
+            checkpoint.end_checkpoint(run.saving, run.world)
+        tidy(run)
+
+
+def tidy(run: Run) -> None:
+    """What follows a checkpoint that has been written: in the first process older ones go."""
     if run.world.rank == 0:
         best = run.state.best and run.state.best["step"]
         checkpoint.prune_checkpoints(run.output_dir, run.args.save_total_limit, best)
         note_files(run, "training")
+    run.saving = None
 
 
 def leave(run: Run, number: int) -> None:
     """What a run does that was told to stop: saves a checkpoint to go on from, says how, exits with 128 + number."""
+    end_saving(run)
     if not (run.output_dir / f"checkpoint-{run.state.step}" / "state.pt").exists():
         save(run, whole=True)
+        end_saving(run)
     run.bar.close()
     how = f"go on with --resume_from_checkpoint true --output_dir {run.output_dir}"
     logger.warning("stopped by %s after step %d: %s", signal.Signals(number).name, run.state.step, how)
@@ -450,9 +461,10 @@ def finish(run: Run) -> None:
     """Leaves the model, the last or the best, the reward graph and the model card in output_dir."""
     args, output_dir, world, names = run.args, run.output_dir, run.world, []
     run.bar.close()
+    end_saving(run)
     tell_costs(run)
     if args.load_best_model_at_end and run.state.best:
-        checkpoint.load_weights(output_dir / f"checkpoint-{run.state.best['step']}", run.model)
+        checkpoint.load_weights(output_dir / f"checkpoint-{run.state.best['step']}", world, run.model)
     with naming_the_last_good(run):
         if world.rank == 0:
             note_files(run, "training", [files.FINAL])

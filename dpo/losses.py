@@ -173,8 +173,8 @@ def aot_loss(
 ) -> torch.Tensor:
     """AOT for paired data: d = sort(log π_w − log π_l) − sort(log π_ref,w − log π_ref,l), then the sigmoid loss of d.
 
-    The policy's margins are to dominate the reference's at each quantile. The sort runs over the batch: give it the
-    global one, or the loss changes with the number of processes.
+    The policy's margins are to dominate the reference's at each quantile. The sort runs over the batch: give it all
+    pairs of an optimizer step, or the loss changes with how that is cut into micro-batches and processes.
 
     Args: batch_policy_h, batch_ref_h (B,), differences of the log-probabilities of chosen and rejected, over the global
     batch. Returns: (B,), by quantile and not by pair. Needs: sigmoid_loss. Source: Melnyk et al. 2024 (arXiv
@@ -399,6 +399,7 @@ def takers(*parameters: str) -> tuple[str, ...]:
 
 OF_RANKINGS = takers("ratios")  # they take two or more completions of a prompt
 OVER_THE_BATCH = takers("batch_w", "batch_policy_h")  # one value a quantile; want the global batch
+BEYOND_THE_PAIR = (*OVER_THE_BATCH, *takers("bco_delta"))  # want to see all pairs of an optimizer step
 WITH_F_DIVERGENCE = takers("h", "mean_h", "ratios")  # built on log-ratios that another divergence may replace
 WITH_REFERENCE = takers("w", "h", "mean_h", "ratios", "batch_w", "batch_policy_h")  # the others never look at π_ref
 

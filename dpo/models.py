@@ -2,10 +2,14 @@
 
 import hashlib
 import importlib.util
+import json
 import logging
 import re
+from contextlib import suppress
+from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftConfig
 from transformers import (
     AutoConfig,
@@ -15,14 +19,16 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from transformers.utils import has_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, has_file
 
-from dpo.adapters import adapter_base, add_saved_adapter
+from dpo.adapters import adapter_base, add_saved_adapter, starts_from_base
 from dpo.conversations import tokenizer_of
 from dpo.distributed import unwrap
 from dpo.rows import first_line
+from dpo.sharding import as_if_in_memory, find_weights, local, whole
 
 logger = logging.getLogger("dpo")
 
@@ -87,17 +93,70 @@ def load_model(
     return keep_differentiable(model)
 
 
+def load_empty(
+    name: str,
+    *,
+    dtype: str = "float32",
+    revision: str = "main",
+    trust_remote_code: bool = False,
+    adapter_name: str | None = None,
+    attn_implementation: str | None = None,
+) -> torch.nn.Module | None:
+    """`load_model` for a model that no process is to hold whole: parameters have no memory until `sharding.shard` has
+    laid them out and read each process's rows from the files; those of an adapter do. None where the files do not have
+    the weights as the model does (a family that rearranges them, GGUF, 4 or 8 bits): it is loaded whole then."""
+    try:
+        base, where = adapter_base(name, revision), {"revision": revision}
+        if base is not None:
+            where["revision"] = PeftConfig.from_pretrained(name, revision=revision).revision or "main"
+        config = AutoConfig.from_pretrained(base or name, trust_remote_code=trust_remote_code, **where)
+        if getattr(config, "quantization_config", None) is not None:
+            return None
+        with init_empty_weights(include_buffers=False):
+            how = {"attn_implementation": attn_implementation} if attn_implementation else {}
+            how["dtype"] = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+            model = class_of(config).from_config(config, trust_remote_code=trust_remote_code, **how)
+        model.tie_weights()  # each got a parameter of its own above
+        places = find_weights(model, weight_files(base or name, **where))
+        if places is None:
+            return None
+        if model.can_generate():
+            with suppress(OSError):  # without a file of its own it has what its configuration says
+                model.generation_config = GenerationConfig.from_pretrained(base or name, **where)
+        model.places_of_weights = places
+        if base is not None:
+            if starts_from_base(PeftConfig.from_pretrained(name, revision=revision)):
+                return None
+            with as_if_in_memory(model):
+                model, wrong = add_saved_adapter(model, name, revision, adapter_name or "default")
+            if any(wrong.values()):
+                return None
+        return model.eval()
+    except Exception as error:  # loading it whole will say what is wrong
+        logger.debug("%s is loaded whole: %s", name, first_line(error))
+        return None
+
+
+def weight_files(name: str, *, revision: str) -> list[Path]:
+    """The safetensors files of a model, by Hub name or directory. Raises: OSError if it has none."""
+    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    if index is None:
+        return [Path(cached_file(name, SAFE_WEIGHTS_NAME, revision=revision))]
+    names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+    return [Path(cached_file(name, each, revision=revision)) for each in names]
+
+
 def not_finite(model: torch.nn.Module) -> str | None:
-    """The first parameter that holds an infinity or a NaN, by its name."""
-    named = model.named_parameters()
-    return next((name for name, p in named if p.is_floating_point() and not torch.isfinite(p).all()), None)
+    """The first parameter that holds an infinity or a NaN, in this process's share of it, by its name."""
+    named = ((name, local(p)) for name, p in model.named_parameters() if p.is_floating_point() and not p.is_meta)
+    return next((name for name, values in named if not torch.isfinite(values).all()), None)
 
 
 def fingerprint(model: torch.nn.Module) -> str:
     """A few digits that tell a model's weights from others: a hash of their names, their starts and their sums."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten().contiguous()
+        values = whole(parameter.detach()).flatten().contiguous()
         parts = values.view(torch.uint8).split(1 << 24)  # the sum makes 8 bytes of each
         total = sum(int(part.sum(dtype=torch.int64)) for part in parts)  # of all bytes: exact in any order
         start = values[:256].cpu().view(torch.uint8).numpy().tobytes()

@@ -29,6 +29,7 @@ from dpo.build import (
     build_reference,
     check_schedule,
     compile_models,
+    in_shards,
     loss_names,
     make_collator,
     make_optimizers,
@@ -92,6 +93,7 @@ class Run:
     policy: torch.nn.Module | None = None  # the same, as it is laid out over the processes
     reference: Reference | None = None
     starts_equal: bool = False  # whether policy and reference must agree before the first step
+    pairs_per_step: int = 0  # of all processes
     steps_per_epoch: int = 0
     total_steps: int = 0
     optimizer: torch.optim.Optimizer | None = None
@@ -107,6 +109,7 @@ class Run:
     memory_base: float | None = None  # see `costs.begin_measuring`
     profile: torch.profiler.profile | None = None
     signals: list[int] = field(default_factory=list)  # that told the run to stop
+    saving: checkpoint.Saving | None = None  # the checkpoint that is being written
     lock: object = None  # the open file that keeps other runs out of output_dir
     bar: tqdm | None = None
     rows: list[dict] = field(default_factory=list)  # all metrics rows
@@ -138,7 +141,8 @@ def prepare(
     streams = {"dataset_streaming": True} if isinstance(train_dataset, kinds) else {}
     args = dataclasses.replace(args or DPOConfig(), **streams)  # checked once more: an option may have been set since
     with user_errors():
-        world = distributed.setup(use_cpu=args.use_cpu, backend=args.ddp_backend, timeout=args.ddp_timeout)
+        how = {"use_cpu": args.use_cpu, "backend": args.ddp_backend, "timeout": args.ddp_timeout}
+        world = distributed.setup(**how, shards=args.fsdp is not None)
         logger.setLevel(logging.INFO if world.rank == 0 else logging.ERROR)
         run = Run(args, world, Path(args.output_dir), compute_metrics)
         check_machine(world, args=args)
@@ -161,6 +165,7 @@ def prepare(
         check_arguments(model, ref_model, *given, compute_metrics, args=args)
         peft_config = adapter_config(model, peft_config, args=args)
         resume = claim_output(run, ref_model)
+        run.pairs_per_step = pairs_per_step(run, resume)
         hub = {"revision": args.model_revision, "trust_remote_code": args.trust_remote_code}
         run.processing_class = processing_class or models.load_processor(name, **hub)
         run.today = distributed.from_first(run.today, world)
@@ -183,9 +188,11 @@ def prepare(
             run.stream = dataclasses.replace(run.stream, largest=largest, longest=longest, apart=apart)
         set_seed(args.seed + world.rank, deterministic=args.full_determinism)  # each process its own dropout
         unused = args.ddp_find_unused_parameters or sees(run.processing_class)  # a batch may have no picture
-        run.policy = distributed.lay_out(run.model, world, trains=True, find_unused_parameters=unused)
-        if run.reference.ref_model is not None:
-            run.reference.ref_model = distributed.lay_out(run.reference.ref_model, world, trains=False)
+        shards = in_shards(args)
+        run.policy = distributed.lay_out(run.model, world, trains=True, find_unused_parameters=unused, shards=shards)
+        if run.reference.ref_model not in (None, run.model):
+            ref_model = distributed.lay_out(run.reference.ref_model, world, trains=False, shards=shards)
+            run.reference.ref_model = ref_model
         trial.check_reading(run)
         run.layout = trial.choose_layout(run, collator_is_given=data_collator is not None)
         trial.choose_head(run)
@@ -238,6 +245,8 @@ def check_machine(world: World, *, args: DPOConfig) -> None:
         for option in ("ddp_backend", "ddp_timeout", "ddp_find_unused_parameters"):
             if getattr(args, option) != getattr(DPOConfig, option):
                 raise UserError(f"{option} does nothing in a single process: leave it out, or start more of them")
+    if args.fsdp_offload and world.device.type == "cpu":
+        raise UserError("fsdp_offload does nothing on a CPU, where shards are in the host's memory: leave it out")
     known = torch.compiler.list_backends(exclude_tags=()) if args.torch_compile_backend else []
     if args.torch_compile_backend and args.torch_compile_backend not in known:
         raise UserError(f"torch_compile_backend {args.torch_compile_backend!r}: choose one of {', '.join(known)}")
@@ -373,7 +382,7 @@ def prepare_rows(
     """One dataset, tokenised, with its columns margin, weight and scores where there are any that the losses take;
     apart, for an encoder-decoder. If it streams, its first rows; run.stream then brings them all."""
     args, names, take_scores = run.args, set(loss_names(run.args)), set(takers("scores"))
-    window = args.per_device_train_batch_size * args.gradient_accumulation_steps * run.world.size
+    window = run.pairs_per_step
     # A name's test split, too, which is to be had without the whole of the others only as a stream.
     is_stream = streams or args.dataset_streaming and source == args.dataset_name and "[" not in split
     parts = streamed = load_preferences(source, split=split, subset=subset, streams=is_stream)
@@ -474,6 +483,7 @@ def plan_epoch(run: Run, epoch: int = 0, *, drop_last: bool | None = None) -> li
         seed=(args.seed if args.data_seed is None else args.data_seed) + epoch,
         group_by_length=args.group_by_length,
         drop_last=args.dataloader_drop_last if drop_last is None else drop_last,
+        window_size=run.pairs_per_step,
         **by_tokens,
     )
     if not windows:
@@ -538,6 +548,18 @@ def precompute_reference(run: Run) -> None:
         logger.info("with precompute_ref_log_probs there is no reference to answer: the policy's answers are shown")
 
 
+def pairs_per_step(run: Run, resume: Path | None) -> int:
+    """The pairs of an optimizer step. A run that goes on with another number of processes keeps to those that it had:
+    the same pairs make up the same steps, in other batches."""
+    own = run.args.per_device_train_batch_size * run.args.gradient_accumulation_steps * run.world.size
+    before = checkpoint.read_state(resume)["same_run"] if resume else {}
+    if before.get("processes", run.world.size) == run.world.size:
+        return own
+    now = f"{before['processes']} processes before, {run.world.size} now"
+    logger.info("%s: the same %d pairs a step, the same numbers but for rounding", now, before["pairs_per_step"])
+    return before["pairs_per_step"]
+
+
 def eyes_in_words(processing_class) -> str:
     """What a processor makes of pictures; nothing of a tokenizer."""
     eyes = getattr(processing_class, "image_processor", None)
@@ -545,9 +567,9 @@ def eyes_in_words(processing_class) -> str:
 
 
 def checkpointed(run: Run) -> dict:
-    """What a checkpoint keeps of a run, as `save_checkpoint` and `load_checkpoint` name it."""
-    stateful = {key: getattr(run, key) for key in ("optimizer", "scheduler", "scaler", "reference")}
-    return {"model": run.model, "state": run.state, "stateful": stateful, "same_run": run.same_run}
+    """What a checkpoint keeps of a run, as `begin_checkpoint` and `load_checkpoint` name it."""
+    own = {key: getattr(run, key) for key in ("model", "state", "optimizer", "reference", "same_run")}
+    return own | {"plain": {"scheduler": run.scheduler, "scaler": run.scaler}}
 
 
 def what_matters(run: Run) -> dict:
@@ -576,7 +598,8 @@ def what_options_matter(run: Run) -> dict:
     args, rows = run.args, run.train_rows
     if args.precompute_ref_log_probs:  # what was worked out follows from the rest
         rows = rows.remove_columns([name for name in CACHED if name in rows.column_names])
-    same_run = {"processes": run.world.size, "today": run.today, "rows": fingerprint(rows)}
+    same_run = {"processes": run.world.size, "pairs_per_step": run.pairs_per_step}
+    same_run |= {"today": run.today, "rows": fingerprint(rows)}
     same_run["pictures"] = hashlib.sha256(eyes_in_words(run.processing_class).encode()).hexdigest()[:16]
     if args.dataset_streaming:  # what happens to later rows than those follows from the options
         tokenizer = tokenizer_of(run.processing_class)
@@ -638,9 +661,8 @@ def open_outputs(run: Run, trackers: dict, callbacks: list[Callable], resume: Pa
     files.write_whole(output_dir / "metrics.jsonl", "".join(map(report.as_line, run.rows)))
     report.write_config(output_dir, options)
     run.receivers = [partial(report.append_row, output_dir / "metrics.jsonl"), *trackers, *callbacks]
-    pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * run.world.size
     rows = "a stream of rows" if run.stream else f"{len(run.train_rows)} rows"
-    logger.info("%s, %d steps of %d rows", rows, run.total_steps, pairs)
+    logger.info("%s, %d steps of %d rows", rows, run.total_steps, run.pairs_per_step)
     logger.info("layout: %s", run.layout)
     if run.memory:
         total, *own = (costs.in_words(run.memory[name]) for name in ("peak", *costs.PARTS))

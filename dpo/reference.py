@@ -89,9 +89,10 @@ class Reference:
     def bytes(self) -> int:
         """The memory that it takes beside the policy's."""
         if self.ref_model is not None:
-            shared = {parameter.data_ptr() for parameter in self.policy.parameters()}
-            return sum(p.nbytes for p in self.ref_model.parameters() if p.data_ptr() not in shared)
-        return sum(own.nbytes for _, own in self.pairs().values()) if self.ref_adapter_name else 0
+            shared = {held(parameter).data_ptr() for parameter in self.policy.parameters()}
+            own = [held(parameter) for parameter in self.ref_model.parameters()]
+            return sum(p.nbytes for p in own if p.data_ptr() not in shared)
+        return sum(held(own).nbytes for _, own in self.pairs().values()) if self.ref_adapter_name else 0
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What of it belongs into a checkpoint: the weights of a reference that moves; else it is made anew."""
@@ -101,6 +102,11 @@ class Reference:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         for name, (_, own) in self.pairs().items() if self.sync_steps else ():
             own.copy_(state[name])
+
+
+def held(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor: of one in shards its own."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def frozen_copy(policy: torch.nn.Module) -> torch.nn.Module:
@@ -133,8 +139,7 @@ def frozen_adapter(policy: PeftModel, name: str = "reference") -> str:
     weights = get_peft_model_state_dict(policy, adapter_name=policy.active_adapter, save_embedding_layers=False)
     policy.add_adapter(name, config)
     set_peft_model_state_dict(policy, weights, adapter_name=name)
-    for parameter in policy.parameters():
-        parameter.requires_grad_(id(parameter) in trained)
+    let_train(policy, trained)
     return name
 
 
@@ -168,16 +173,24 @@ def null_ref_context(policy: torch.nn.Module, ref_adapter_name: str | None = Non
     try:
         if ref_adapter_name is None:
             with policy.disable_adapter():
+                let_train(policy, trained)
                 yield policy
         else:
             policy.set_adapter(ref_adapter_name, inference_mode=True)
+            let_train(policy, trained)
             yield policy
     finally:
         if ref_adapter_name is not None:
             policy.set_adapter(active)
-        for parameter in policy.parameters():  # PEFT lets train, and freezes, as it switches
-            parameter.requires_grad_(id(parameter) in trained)
+        let_train(policy, trained)
         policy.train(was_training)
+
+
+def let_train(policy: torch.nn.Module, trained: set[int]) -> None:
+    """Lets the parameters of these ids train and freezes the others, which PEFT changes as it switches adapters (and
+    FSDP takes, of what it gathers first, for good)."""
+    for parameter in policy.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
 
 
 @contextmanager
@@ -259,7 +272,8 @@ def reference_digest(reference: Reference, *, read: str) -> str:
             path = ".".join("adapter" if part == name else part for part in parts)
             weights[re.sub(r"^base_model\.model\.|\.base_layer(?=\.)|\.original_module(?=\.)", "", path)] = tensor
     for path in sorted(weights):
-        tensor = weights[path].detach().cpu().contiguous()
+        tensor = weights[path].detach()
+        tensor = (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).cpu().contiguous()
         digest.update(f"{path} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]

@@ -14,6 +14,7 @@ from dpo.conversations import tokenizer_of
 from dpo.distributed import World, gather_lists
 from dpo.reference import Reference, without_aux_loss
 from dpo.rows import first_line
+from dpo.sharding import is_sharded
 
 
 @torch.no_grad()
@@ -37,6 +38,7 @@ def generate_from_model_and_ref(
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
     sampling |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "num_beams": 1}
     sampling |= {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+    sampling["synced_gpus"] = is_sharded(model)  # no process ends before the last has, which gathers its share, too
 
     def sample(from_model) -> list[str]:
         with torch.random.fork_rng():  # the same noise for both, and none taken from the training's
@@ -104,8 +106,11 @@ def sample_answers(
     """
     batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
     own = []
-    for numbers in batches[world.rank :: world.size]:
-        own += zip(numbers, answers_to(model, [rows[i] for i in numbers], processing_class, **options), strict=True)
+    for turn in range(0, len(batches), world.size):
+        numbers = batches[turn + world.rank] if turn + world.rank < len(batches) else range(0)
+        if numbers or is_sharded(model):  # whose processes generate together: one without a prompt takes the first
+            answers = answers_to(model, [rows[i] for i in numbers or [0]], processing_class, **options)
+            own += zip(numbers, answers, strict=False)
     samples = [sample for _, sample in sorted(gather_lists(own, world), key=lambda each: each[0])]
     if world.rank > 0:
         return [], {}

@@ -76,7 +76,10 @@ def choose_layout(run: "Run", *, collator_is_given: bool = False) -> str:
         asked = own.layout if own.layout != "plain" else "padded"
     if asked == "padded":
         return asked
-    layout, words = distributed.by_first(lambda: exact_layout(run, asked), run.world)
+    if run.args.fsdp:  # no process could ask the model alone
+        layout, words = exact_layout(run, asked)
+    else:
+        layout, words = distributed.by_first(lambda: exact_layout(run, asked), run.world)
     run.collator = dataclasses.replace(own, layout=layout)
     for model in (run.model, run.reference.ref_model):
         if layout != "padded" and model is not None:
@@ -155,7 +158,7 @@ def foresee(run: "Run", windows: list) -> None:
         except Exception as error:  # of one of many families' own configurations
             logger.info("utilisation is left out: %s", first_line(error))
     try:
-        run.memory = predict_memory(run, windows)
+        run.memory = {} if args.fsdp else predict_memory(run, windows)  # tutorial 8 has the plan of one in shards
     except Exception as error:  # of one of many families' own ways to fail: a run does not depend on it
         logger.info("memory: not predicted, %s", first_line(error))
     if run.state.sums.get("pairs") and run.prices and "best_seconds" not in run.state.sums:

@@ -171,7 +171,6 @@ REFUSED = [
     ("--loss_type sigmoid sft --loss_weights 1", "loss_weights has 1 numbers for 2 losses"),
     ("--loss_type hinge --label_smoothing 0.1", "label_smoothing has no meaning for loss_type hinge"),
     ("--loss_type exo sigmoid", "mixes losses of rankings with losses of pairs"),
-    ("--loss_type aot --gradient_accumulation_steps 2", "sorts the whole batch"),
     ("--use_weighting --loss_type aot", "use_weighting weighs pairs"),
     ("--use_weighting --loss_type plackett_luce", "use_weighting weighs pairs"),
     ("--ld_alpha 0.5 --loss_type exo", "ld_alpha compares the two of a pair"),

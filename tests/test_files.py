@@ -135,7 +135,7 @@ def test_a_run_says_what_it_is(tmp_path):
 DAMAGE = {
     "a bit": lambda path: flip(path / "model.safetensors"),
     "a bit of the state": lambda path: flip(path / "state.pt"),
-    "cut": lambda path: os.truncate(path / "rank-0.pt", 100),
+    "cut": lambda path: os.truncate(path / "state" / "__0_0.distcp", 100),
     "emptied": lambda path: os.truncate(path / "model.safetensors", 0),
     "missing": lambda path: (path / "config.json").unlink(),
     "manifest cut": lambda path: os.truncate(path / files.MANIFEST, 20),

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHATML, curve, make_model, make_rows, make_tokenizer, read, same, start, weights
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
 from dpo import files
-from dpo.checkpoint import load_weights, prune_checkpoints, save_model
+from dpo.checkpoint import prune_checkpoints, save_model
 from dpo.data import prepare_dataset
 from dpo.distributed import World
 from dpo.models import load_model
@@ -129,7 +129,7 @@ def test_an_adapter_that_has_a_name_is_saved_where_it_is_looked_for(tmp_path):
         models.append(get_peft_model(model, config, adapter_name="mine"))
     save_model(tmp_path, World(0, 1, torch.device("cpu")), models[0], make_tokenizer())
     assert not same(weights(models[0]), weights(models[1]))
-    load_weights(tmp_path, models[1])
+    set_peft_model_state_dict(models[1], load_peft_weights(str(tmp_path)), "mine")
     assert same(weights(models[0]), weights(models[1]))
     assert (tmp_path / "adapter_config.json").is_file() and not (tmp_path / "mine").exists()
 

@@ -261,7 +261,7 @@ def test_a_resumed_run_sees_the_same_rows(workers, cut, tmp_path):
     options |= {"save_strategy": "steps", "save_steps": cut, "dataloader_num_workers": workers}
     whole = start(tmp_path / "whole", **options)
     run_until(cut + 1, tmp_path / "cut", **options)
-    state = torch.load(tmp_path / "cut" / f"checkpoint-{cut}" / "rank-0.pt", weights_only=True)["state"]
+    state = torch.load(tmp_path / "cut" / f"checkpoint-{cut}" / "state.pt", weights_only=True)["ranks"][0]["state"]
     assert state["stream"]["pass"] == (cut > 8)
     resumed = start(tmp_path / "cut", resume_from_checkpoint="true", **options)
     assert numbers(resumed.rows) == numbers(whole.rows) and same(weights(resumed.model), weights(whole.model))
@@ -313,6 +313,11 @@ def test_two_processes_stream_as_one(tmp_path):
     resume = "--resume_from_checkpoint shuffle_buffer-2/checkpoint-5 --per_device_train_batch_size 2 --output_dir again"
     run("dpo.loop", *files.split(), *more.split(), *resume.split(), processes=2, cwd=tmp_path)
     assert numbers(read(tmp_path / "again")) == numbers(two)
+    resume = resume.replace("size 2", "size 4").replace("again", "alone")
+    run("dpo.loop", *files.split(), *more.split(), *resume.split(), cwd=tmp_path)  # one process goes on for the two
+    alone = read(tmp_path / "alone")
+    for key in ("loss", "grad_norm", "tokens_seen", "epoch"):
+        assert curve(alone, key) == pytest.approx(curve(two, key), abs=1e-5)
 
 
 @pytest.mark.slow

@@ -138,8 +138,8 @@ MEANINGS = """
 ## Where the same word means something else
 
 - The loss is divided by the pairs of the whole optimizer step, over accumulation and processes: 8×1, 1×8 and 2
-  processes × 4 train the same model. Averages of averages do not. (BCO's δ moves with every forward pass, and AOT sorts
-  a batch: these two depend on how a step is cut, over processes they do not.)
+  processes × 4 train the same model. Averages of averages do not. AOT sorts the pairs of a whole step, and BCO's δ
+  takes all rewards of a step before it is used. (In evaluation AOT sorts a batch of all processes: its size matters.)
 - Only positions that predict a completion token reach the language-model head; log-probabilities are float32.
 - A completion ends with exactly one end-of-sequence token; what a chat template writes behind it is left out, for no
   model would ever generate it.
