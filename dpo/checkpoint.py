@@ -36,7 +36,8 @@ class TrainingState:
 
     Args: step, optimizer steps taken; tokens_seen, by the policy, up to the last metrics row; best, {"step", "value"}
     of the best evaluation; sums, of metrics over this process's pairs since the last metrics row; bco_sum and
-    bco_count, of all rewards so far, chosen and rejected, in all processes.
+    bco_count, of all rewards so far, chosen and rejected, in all processes; stream, the place in a streamed training
+    set behind the last step's rows (see stream.py).
     """
 
     step: int = 0
@@ -45,6 +46,7 @@ class TrainingState:
     sums: dict[str, float | torch.Tensor] = field(default_factory=lambda: defaultdict(float))
     bco_sum: float = 0.0
     bco_count: float = 0.0
+    stream: dict | None = None
 
     @property
     def bco_delta(self) -> float:

@@ -100,6 +100,12 @@ class DPOConfig:
     dataset_train_split: str = option("train", "Split to train on.")
     dataset_test_split: str = option("test", "Split to evaluate on.", needs=EVALUATES)
     eval_dataset_name: Json = option(None, "Another dataset to evaluate on, or a JSON object of several.")
+    dataset_streaming: bool = option(
+        False, "Read the training set while training, for one larger than the disk; max_steps says where it ends."
+    )
+    shuffle_buffer: int = option(
+        10_000, "Rows of a stream that are held, and shuffled, at a time.", least=2, needs="dataset_streaming"
+    )
     skip_bad_rows: bool = option(False, "Leave out rows that are not preference pairs instead of stopping.")
     chat_template_kwargs: Json = option(None, "More arguments of the chat template, as JSON; a row may have its own.")
     show_rows: int = option(0, "Print so many rows as they will be trained, scored tokens marked.", least=0)
@@ -307,7 +313,7 @@ class DPOConfig:
         """(whether it is so, what to do about it), of options that exclude or need each other."""
         listed, by_rank, sorts = ", ".join(losses), losses & set(OF_RANKINGS), losses & set(OVER_THE_BATCH)
         refers, other = losses & set(WITH_REFERENCE), self.ref_model_name_or_path is not None
-        cached = self.precompute_ref_log_probs
+        cached, streams = self.precompute_ref_log_probs, self.dataset_streaming
         named, needed = self.ref_adapter_name is not None, bool(refers) and not self.reference_free
         sync, no_eval, schedule = self.sync_ref_model, self.eval_strategy == "no", self.lr_scheduler_type
         evaluation = self.eval_on_start or self.generate_during_eval or self.eval_dataset_name
@@ -340,6 +346,25 @@ class DPOConfig:
             (
                 self.save_only_model and self.resume_from_checkpoint,
                 "save_only_model saves nothing to resume from: leave out one of it and resume_from_checkpoint",
+            ),
+            (streams and self.max_steps < 1, "dataset_streaming: nobody knows how many rows will come: set max_steps"),
+            (
+                streams and "epoch" in (self.eval_strategy, self.save_strategy),
+                "dataset_streaming: nobody knows how long an epoch is: set eval_strategy and save_strategy to steps",
+            ),
+            (streams and cached, "dataset_streaming reads no row in advance: leave out precompute_ref_log_probs"),
+            (streams and self.group_by_length, "dataset_streaming sorts no rows by length: leave out group_by_length"),
+            (
+                streams and self.dataloader_drop_last,
+                "dataset_streaming takes rows as they come: leave out dataloader_drop_last",
+            ),
+            (
+                streams and "[" in self.dataset_train_split,
+                f"dataset_streaming reads no slice, as dataset_train_split {self.dataset_train_split} is: leave it out",
+            ),
+            (
+                streams and not self.shuffle and self.shuffle_buffer != DPOConfig.shuffle_buffer,
+                "shuffle_buffer does nothing without shuffle: leave it out",
             ),
             (best and apart, "load_best_model_at_end needs save_steps that are a multiple of eval_steps"),
             (
@@ -452,7 +477,6 @@ activation_checkpointing activation_checkpointing_kwargs activation_offloading: 
 train_sampling_strategy: use shuffle and group_by_length
 pad_token: use padding_value
 pad_to_multiple_of use_cache: it changes no result
-dataset_streaming: this version tokenises whole datasets
 project trackio_space_id trackio_bucket_id trackio_static_space_id: trackers read their own environment variables
 logging_dir: TensorBoard files go to output_dir/tensorboard
 logging_first_step: the first step is always logged: its loss of ln 2 tells that all is well

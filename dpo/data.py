@@ -257,23 +257,23 @@ def prepare_dataset(
     Raises: ValueError that names part, row (counting from 1) and column of the first bad row, unless skip_bad_rows, or
     if no row is left. Rows left out, and what else is worth knowing, are counted and logged.
     """
-    numbers = [column for column in ("margin", "weight") if all(_has_numbers(rows, column) for rows in parts.values())]
-    numbers = [column for column in numbers if read_margin or column != "margin"]
-    columns = ("ref_chosen_logps", "ref_rejected_logps")
-    if read_reference and all(_has_numbers(rows, column) for rows in parts.values() for column in columns):
-        if ranked:
-            raise ValueError(f"column {columns[0]!r} is of pairs, the loss ranks more: leave the column out")
-        numbers += columns
-    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
-    limits |= {"max_length": max_length, "truncation_mode": truncation_mode}
-    options = {"processing_class": processing_class, "numbers": numbers, "limits": limits, "ranked": ranked}
-    options |= {"read_scores": read_scores, "allow_ties": allow_ties, "version": ROWS_VERSION}
-    writes_dates = "strftime_now" in str(getattr(processing_class, "chat_template", None))
-    options |= {"today": today if writes_dates else None}
-    options |= {"chat_template_kwargs": chat_template_kwargs, "add_special_tokens": add_special_tokens}
-    tokenizer = tokenizer_of(processing_class)
-    bos = tokenizer.bos_token_id
-    options["prepend_bos"] = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    options = row_options(
+        parts,
+        processing_class,
+        max_prompt_length=max_prompt_length,
+        max_completion_length=max_completion_length,
+        max_length=max_length,
+        truncation_mode=truncation_mode,
+        ranked=ranked,
+        read_scores=read_scores,
+        allow_ties=allow_ties,
+        chat_template_kwargs=chat_template_kwargs,
+        today=today,
+        add_special_tokens=add_special_tokens,
+        read_margin=read_margin,
+        read_reference=read_reference,
+    )
+    numbers = options["numbers"]
     features = {column: List(Value("int64")) for column in IDS} | dict.fromkeys(FLAGS, Value("bool"))
     features |= {"rejected_input_ids": List(List(Value("int64")))} if ranked else {}
     features |= {"length": Value("int64"), "problem": Value("string"), "scores": List(Value("float32"))}
@@ -285,9 +285,9 @@ def prepare_dataset(
     for name, rows in parts.items():
         _check_columns(name, rows, processing_class)
         rows = _undecoded(rows.with_format(None)).map(
-            _prepare_row,
+            prepare_row,
             with_indices=True,
-            fn_kwargs={**options, "name": name, "prompts": _has_prompts(rows)},
+            fn_kwargs={**options, "name": name, "prompts": has_prompts(rows)},
             remove_columns=rows.column_names,
             features=Features(features),
             num_proc=num_proc,
@@ -309,6 +309,44 @@ def prepare_dataset(
         columns += with_images
     rows = rows.select_columns(columns)
     return rows.select(kept) if len(kept) < len(rows) else rows
+
+
+def row_options(
+    parts: dict[str, Dataset],
+    processing_class,
+    *,
+    max_prompt_length: int | None,
+    max_completion_length: int | None,
+    max_length: int | None,
+    truncation_mode: str,
+    ranked: bool,
+    read_scores: bool,
+    allow_ties: bool,
+    chat_template_kwargs: dict | None,
+    today: str | None,
+    add_special_tokens: bool,
+    read_margin: bool,
+    read_reference: bool,
+) -> dict:
+    """What `prepare_row` needs beside a row and its place, the same for all rows of parts; arguments as in
+    `prepare_dataset`. numbers are the columns of numbers that all parts have."""
+    numbers = [column for column in ("margin", "weight") if all(_has_numbers(rows, column) for rows in parts.values())]
+    numbers = [column for column in numbers if read_margin or column != "margin"]
+    columns = ("ref_chosen_logps", "ref_rejected_logps")
+    if read_reference and all(_has_numbers(rows, column) for rows in parts.values() for column in columns):
+        if ranked:
+            raise ValueError(f"column {columns[0]!r} is of pairs, the loss ranks more: leave the column out")
+        numbers += columns
+    limits = {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length}
+    limits |= {"max_length": max_length, "truncation_mode": truncation_mode}
+    options = {"processing_class": processing_class, "numbers": numbers, "limits": limits, "ranked": ranked}
+    options |= {"read_scores": read_scores, "allow_ties": allow_ties, "version": ROWS_VERSION}
+    writes_dates = "strftime_now" in str(getattr(processing_class, "chat_template", None))
+    options |= {"today": today if writes_dates else None}
+    options |= {"chat_template_kwargs": chat_template_kwargs, "add_special_tokens": add_special_tokens}
+    tokenizer = tokenizer_of(processing_class)
+    bos = tokenizer.bos_token_id
+    return options | {"prepend_bos": bos is not None and tokenizer("a")["input_ids"][:1] == [bos]}
 
 
 def fingerprint(rows: Dataset) -> str:
@@ -397,15 +435,19 @@ def _has_numbers(rows: Dataset, column: str) -> bool:
     if column not in rows.column_names:
         return False
     values = [value for value in rows.with_format(None)[column] if value is not None]
-    kinds = int | float | Decimal
-    if any(isinstance(value, kinds) or isinstance(value, str) and re.match(NUMBER, value) for value in values):
+    if any(map(holds_number, values)):
         return True
     if values:
         logger.warning("column %r holds no numbers: it is not read", column)
     return False
 
 
-def _has_prompts(rows: Dataset) -> bool:
+def holds_number(value) -> bool:
+    """Whether a value is a number, or (as in a CSV file) the text of one."""
+    return isinstance(value, int | float | Decimal) or isinstance(value, str) and bool(re.match(NUMBER, value))
+
+
+def has_prompts(rows: Dataset) -> bool:
     """Whether any row has a prompt of its own."""
     if "prompt" not in rows.column_names:
         return False
@@ -413,7 +455,7 @@ def _has_prompts(rows: Dataset) -> bool:
     return any(part.column("prompt").null_count < len(part) for part in column.iter(batch_size=1000))
 
 
-def _prepare_row(
+def prepare_row(
     row: dict, index: int, *, name: str, prompts: bool, numbers: list[str], ranked: bool, version: int, **options
 ) -> dict:
     """One row to token ids and flags; what is wrong with it is returned, since a worker process that raises would lose
@@ -423,7 +465,7 @@ def _prepare_row(
     result |= {"prompt": "", "images": [], "pictures": []} if sees(options["processing_class"]) else {}
     read_scores, ties = options.pop("read_scores"), options["allow_ties"]
     try:
-        if prompts and row["prompt"] is None:
+        if prompts and row.get("prompt") is None:
             raise ValueError("column 'prompt' is missing, and other rows have it: fill it in")
         row = lift_images(row) if sees(options["processing_class"]) else row
         canonical = canonical_row(row, numbers=tuple(numbers), read_scores=read_scores, allow_ties=ties)

@@ -168,6 +168,16 @@ def gather_lists(values: list, world: World) -> list:
     return [value for part in gathered for value in part]
 
 
+def gather_numbers(values: list[int], world: World) -> list[list[int]]:
+    """The whole numbers of all processes, equally many each, in the order of their ranks."""
+    if world.size == 1:
+        return [values]
+    own = torch.tensor(values, device=world.device)
+    gathered = [torch.empty_like(own) for _ in range(world.size)]
+    dist.all_gather(gathered, own)
+    return torch.stack(gathered).tolist()
+
+
 def from_first(value, world: World):
     """The first process's value, in all of them."""
     return gather_lists([value], world)[0]

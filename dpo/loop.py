@@ -31,10 +31,11 @@ from dpo.logprobs import concatenated_forward
 from dpo.losses import BEYOND_THE_PAIR, OVER_THE_BATCH, dpo_loss
 from dpo.merge import merge_adapter
 from dpo.models import router_coefficient
-from dpo.prepare import Run, checkpointed, note_files, plan_epoch, prepare, user_errors
+from dpo.prepare import Run, checkpointed, note_files, plan_epoch, prepare, rest_of_stream, user_errors
 from dpo.reference import Reference, without_dropout
 from dpo.report import create_model_card
 from dpo.sampling import generate_from_model_and_ref
+from dpo.stream import source_of, tell
 from dpo.windows import among_others, counted_pairs, look_ahead, mean_over_window, open_window
 
 __all__ = ["Run", "create_model_card", "evaluate", "generate_from_model_and_ref", "get_batch_loss_metrics", "train"]
@@ -61,7 +62,8 @@ def train(
         model: a causal language model, or its name or directory, by default args.model_name_or_path; model_init may
             make it. ref_model: likewise; by default the policy as it is now (a copy, or a new adapter switched off).
         train_dataset, eval_dataset: a datasets.Dataset, a list of dicts, a name or a path; eval_dataset may be a dict
-            of those, evaluated each under its own name. By default args.dataset_name and its test split.
+            of those, evaluated each under its own name. By default args.dataset_name and its test split. A
+            datasets.IterableDataset to train on is read while training.
         processing_class: the tokenizer; by default the model's. data_collator: rows of token ids to a batch.
         peft_config: a peft.PeftConfig or a dict of LoraConfig's arguments: trains an adapter.
         callbacks: functions that get each metrics row, in the first process.
@@ -212,7 +214,7 @@ def clip_gradient(run: Run, micro_batches: list[dict]) -> torch.Tensor:
     grad_norm = distributed.clip_gradients(trained, run.args.max_grad_norm or math.inf)
     if not run.args.fp16 and not torch.isfinite(grad_norm):
         indices = distributed.gather_lists([i for batch in micro_batches for i in batch["index"].tolist()], run.world)
-        rows = "; ".join(run.train_rows[i]["source"] for i in sorted(indices)[:8] if i >= 0)
+        rows = "; ".join(name_of_row(run, i) for i in sorted(indices)[:8] if i >= 0)
         rows += "; ..." if len(indices) > 8 else ""
         what = f"the gradient's norm is {float(grad_norm)} at step {run.state.step + 1} ({rows})"
         how = "nothing was changed: lower learning_rate or beta, or look at the rows"
@@ -270,7 +272,7 @@ def evaluate_sets(run: Run, *, is_saved: bool = False) -> None:
     """Evaluates all sets and samples answers, where wanted, into one metrics row; a model that is saved now may become
     the best."""
     args, step = run.args, run.state.step
-    row = {"step": step, "epoch": step / run.steps_per_epoch}
+    row = {"step": step, "epoch": epoch_of(run)}
     common = {"args": args, "world": run.world, "state": run.state, "compute_metrics": run.compute_metrics}
     for label, eval_rows in run.eval_sets.items():
         prefix = f"eval_{label}" if label else "eval"
@@ -308,18 +310,36 @@ def rest_of_epoch(run: Run):
     workers = {"num_workers": run.args.dataloader_num_workers, "prefetch_factor": run.args.dataloader_prefetch_factor}
     with distributed.noted_signals(run.signals):
         epoch, done = divmod(run.state.step, run.steps_per_epoch)
-        windows = plan_epoch(run, epoch)[done : done + run.total_steps - run.state.step]
-        for pairs, batches in load_windows(run.train_rows, windows, run.world, run.collator, **workers):
+        if run.stream:
+            loaded = rest_of_stream(run, **workers)
+        else:
+            windows = plan_epoch(run, epoch)[done : done + run.total_steps - run.state.step]
+            loaded = load_windows(run.train_rows, windows, run.world, run.collator, **workers)
+        for pairs, batches in loaded:
             if number := distributed.agree(run.signals, run.world):
                 leave(run, number)
             if run.saving and run.saving.written.done() and run.world.rank == 0:
                 with naming_the_last_good(run):  # the others hear of a failure at the next save, or by torchrun
                     checkpoint.result_of(run.saving)
+            run.state.stream = run.stream and run.stream.place
             batches = [ready_batch(batch, run.model) for batch in batches]
             costs.count(run.state.sums, batches, run.prices, rate=run.matrix_rate)
             costs.between_steps(run.profile, run.state.sums)
             see_window(run, batches)
             yield pairs, batches  # to the step, and whatever is due after it
+
+
+def epoch_of(run: Run) -> float:
+    """How often the steps so far are through the training set; of a stream, which tells nobody its length, how often
+    it has begun again."""
+    if run.stream:
+        return run.state.stream["pass"] if run.state.stream else 0
+    return run.state.step / run.steps_per_epoch
+
+
+def name_of_row(run: Run, index: int) -> str:
+    """Where a row of a batch comes from."""
+    return source_of(run.stream, index) if run.stream else run.train_rows[index]["source"]
 
 
 def see_window(run: Run, batches: list[dict]) -> None:
@@ -354,12 +374,14 @@ def log(run: Run, progress: dict[str, float]) -> None:
     means = distributed.mean_over_ranks(state.sums, run.world)
     state.sums.clear()
     state.tokens_seen += means.pop("tokens")
-    row = {"step": state.step, "epoch": state.step / run.steps_per_epoch, "loss": means.pop("loss")}
+    row = {"step": state.step, "epoch": epoch_of(run), "loss": means.pop("loss")}
     row |= {"learning_rate": progress["learning_rate"], "grad_norm": float(progress["grad_norm"])}
     row |= {**means, "tokens_seen": state.tokens_seen}
     if not math.isfinite(row["loss"]):
         raise UserError(f"the loss is {row['loss']} at step {state.step}: lower learning_rate, or take bf16 for fp16")
     record(run, row)
+    if run.stream:
+        tell(run.stream, is_last=state.step == run.total_steps)
     shown = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
     run.bar.set_postfix({label: f"{row[key]:.3f}" for label, key in shown.items()})
 

@@ -6,10 +6,12 @@ import hashlib
 import inspect
 import logging
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import datasets
@@ -38,17 +40,19 @@ from dpo.build import (
 from dpo.checkpoint import TrainingState
 from dpo.collate import NUMBERS, decoder_start_ids
 from dpo.config import DPOConfig, UserError
-from dpo.conversations import sees
-from dpo.data import fingerprint, largest_id, largest_length, part_lengths, prepare_dataset
+from dpo.conversations import sees, tokenizer_of
+from dpo.data import fingerprint, has_prompts, largest_id, largest_length, part_lengths, prepare_dataset, row_options
 from dpo.distributed import World
 from dpo.losses import OF_RANKINGS, OVER_THE_BATCH, PARAMETERS, takers
 from dpo.reference import CACHED, Reference, reference_digest, without_dropout
 from dpo.rows import first_line
 from dpo.sources import load_preferences
+from dpo.stream import SAMPLE, START, Stream, collated, first_rows, load_stream
 
 # Another value of any of these makes another run, which cannot go on from a checkpoint.
 EXACT_OPTIONS = """dtype attn_implementation tf32 torch_compile per_device_train_batch_size max_tokens_per_micro_batch
 gradient_accumulation_steps shuffle group_by_length dataloader_drop_last seed data_seed disable_dropout learning_rate
+dataset_streaming shuffle_buffer
 lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon
 max_grad_norm bf16 fp16 loss_type loss_weights beta label_smoothing f_divergence_type f_alpha_divergence_coef
 reference_free rpo_alpha use_weighting ld_alpha discopop_tau simpo_gamma orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha
@@ -81,7 +85,8 @@ class Run:
     sources: dict[str, str] | None = None  # names of model and datasets, for config.yaml and the model card
     processing_class: object = None
     today: str = field(default_factory=lambda: datetime.date.today().isoformat())  # for templates that write the date
-    train_rows: datasets.Dataset | None = None
+    train_rows: datasets.Dataset | None = None  # of a stream the first ones
+    stream: Stream | None = None
     eval_sets: dict[str, datasets.Dataset] | None = None  # by name; that of a single one is empty
     collator: Callable | None = None
     model: torch.nn.Module | None = None  # the policy, as it is saved and sampled from
@@ -133,7 +138,9 @@ def prepare(
     """
     if args is not None and not isinstance(args, DPOConfig):
         raise UserError(f"args is a {type(args).__name__}: pass a dpo.config.DPOConfig")
-    args = dataclasses.replace(args or DPOConfig())  # checked once more: an option may have been set since
+    kinds = datasets.IterableDataset | datasets.IterableDatasetDict
+    streams = {"dataset_streaming": True} if isinstance(train_dataset, kinds) else {}
+    args = dataclasses.replace(args or DPOConfig(), **streams)  # checked once more: an option may have been set since
     with user_errors():
         how = {"use_cpu": args.use_cpu, "backend": args.ddp_backend, "timeout": args.ddp_timeout}
         world = distributed.setup(**how, shards=args.fsdp is not None)
@@ -174,14 +181,12 @@ def prepare(
         run.collator = data_collator or make_collator(run.processing_class, run.model, args=args)
         run.reference, run.starts_equal = build_reference(run.model, ref_model, run.train_rows.column_names, args=args)
         compile_models(run.model, run.reference.ref_model, args=args)
-        sets = [run.train_rows, *run.eval_sets.values()]
+        sets, apart = [run.train_rows, *run.eval_sets.values()], reads_apart(run.model, args=args)
         largest = max(getattr(run.collator, "pad_token_id", 0), *map(largest_id, sets))
-        longest = max(max(rows["length"][:]) for rows in sets)
-        if reads_apart(run.model, args=args):  # neither half reads all
-            longest = max(largest_length(rows) for rows in sets) + len(decoder_start_ids(run.model)) - 1
-        for each in (run.model, run.reference.ref_model):
-            if each is not None:
-                checks.check_rows_fit(each, largest=largest, longest=longest)
+        longest = max(largest_length(rows) if apart else max(rows["length"][:]) for rows in sets)
+        check_fit(run, largest=largest, longest=longest)
+        if run.stream:
+            run.stream = dataclasses.replace(run.stream, largest=largest, longest=longest, apart=apart)
         set_seed(args.seed + world.rank, deterministic=args.full_determinism)  # each process its own dropout
         unused = args.ddp_find_unused_parameters or sees(run.processing_class)  # a batch may have no picture
         shards = in_shards(args)
@@ -198,6 +203,8 @@ def prepare(
             precompute_reference(run)
         windows = plan_epoch(run)
         run.steps_per_epoch, epochs = len(windows), args.num_train_epochs
+        if run.stream:  # nobody knows
+            run.steps_per_epoch = args.max_steps
         run.total_steps = args.max_steps if args.max_steps > 0 else math.ceil(epochs * run.steps_per_epoch)
         run.optimizer, run.scheduler = make_optimizers(run.model, optimizers, run.total_steps, args=args)
         run.scaler = torch.amp.GradScaler(world.device.type, enabled=args.fp16)
@@ -213,6 +220,15 @@ def prepare(
         disable = args.disable_tqdm or world.rank > 0
         run.bar = tqdm(total=run.total_steps, initial=run.state.step, desc="DPO", disable=disable)
     return run
+
+
+def check_fit(run: Run, *, largest: int, longest: int) -> None:
+    """Refuses token ids up to largest, or so many tokens, that the policy or its reference cannot take."""
+    if reads_apart(run.model, args=run.args):  # neither half reads all
+        longest += len(decoder_start_ids(run.model)) - 1
+    for each in (run.model, run.reference.ref_model):
+        if each is not None:
+            checks.check_rows_fit(each, largest=largest, longest=longest)
 
 
 @contextmanager
@@ -336,7 +352,8 @@ def prepare_data(run: Run, model, train_dataset, eval_dataset) -> tuple[datasets
     if source is None:
         raise UserError("there is no training set: set dataset_name")
     apart = reads_apart(model, args=args)
-    train_rows = prepare_rows(run, source, args.dataset_train_split, args.dataset_config, apart)
+    streams = args.dataset_streaming
+    train_rows = prepare_rows(run, source, args.dataset_train_split, args.dataset_config, apart, streams=streams)
     if args.eval_strategy == "no":
         if eval_dataset is not None:
             raise UserError("eval_dataset does nothing without an eval_strategy: set it to steps or epoch")
@@ -362,29 +379,50 @@ def prepare_data(run: Run, model, train_dataset, eval_dataset) -> tuple[datasets
     return train_rows, eval_sets
 
 
-def prepare_rows(run: Run, source, split: str, subset: str | None, apart: bool) -> datasets.Dataset:
+def prepare_rows(
+    run: Run, source, split: str, subset: str | None, apart: bool, *, streams: bool = False
+) -> datasets.Dataset:
     """One dataset, tokenised, with its columns margin, weight and scores where there are any that the losses take;
-    apart, for an encoder-decoder."""
+    apart, for an encoder-decoder. If it streams, its first rows; run.stream then brings them all."""
     args, names, take_scores = run.args, set(loss_names(run.args)), set(takers("scores"))
-    parts = load_preferences(source, split=split, subset=subset)
+    window = run.pairs_per_step
+    # A name's test split, too, which is to be had without the whole of the others only as a stream.
+    is_stream = streams or args.dataset_streaming and source == args.dataset_name and "[" not in split
+    parts = streamed = load_preferences(source, split=split, subset=subset, streams=is_stream)
+    if is_stream:
+        parts = first_rows(streamed, max(SAMPLE, 4 * window) if streams else sys.maxsize)
+    options = {
+        "max_prompt_length": args.max_prompt_length,
+        "max_completion_length": args.max_completion_length,
+        "max_length": args.max_length,
+        "truncation_mode": args.truncation_mode,
+        "ranked": bool(names & set(OF_RANKINGS)),
+        "read_scores": bool(names & take_scores),
+        "allow_ties": bool(names & take_scores) and names & set(OF_RANKINGS) <= take_scores,
+        "chat_template_kwargs": args.chat_template_kwargs or None,
+        "today": run.today,
+        "add_special_tokens": apart,
+        "read_reference": needs_reference(args),
+        "read_margin": any("margins" in PARAMETERS[name] for name in names),
+    }
     with distributed.first_process_first(run.world):
-        rows = prepare_dataset(
-            parts,
-            run.processing_class,
-            max_prompt_length=args.max_prompt_length,
-            max_completion_length=args.max_completion_length,
-            max_length=args.max_length,
-            truncation_mode=args.truncation_mode,
-            ranked=bool(names & set(OF_RANKINGS)),
-            read_scores=bool(names & take_scores),
-            allow_ties=bool(names & take_scores) and names & set(OF_RANKINGS) <= take_scores,
+        common = {"skip_bad_rows": args.skip_bad_rows, "num_proc": args.dataset_num_proc}
+        rows = prepare_dataset(parts, run.processing_class, **options, **common)
+    if streams:
+        if len(set(distributed.gather_lists([fingerprint(rows)], run.world))) > 1:
+            raise UserError("the processes read different rows: give each of them the whole stream, it is split here")
+        seed = args.seed if args.data_seed is None else args.data_seed
+        numbers = ["margin"] * options["read_margin"] + ["weight"] + list(CACHED) * options["read_reference"]
+        run.stream = Stream(
+            streamed,
+            window=window,
+            block=args.shuffle_buffer if args.shuffle else window,
+            seed=seed if args.shuffle else None,
+            options=row_options(parts, run.processing_class, **options),
+            columns=rows.column_names,
+            prompts={name: has_prompts(part) for name, part in parts.items()},
+            numbers=numbers,
             skip_bad_rows=args.skip_bad_rows,
-            chat_template_kwargs=args.chat_template_kwargs or None,
-            today=run.today,
-            add_special_tokens=apart,
-            read_reference=needs_reference(args),
-            read_margin=any("margins" in PARAMETERS[name] for name in names),
-            num_proc=args.dataset_num_proc,
         )
     where, scored = ", ".join(parts), "scores" in rows.column_names
     for column, parameter in NUMBERS.items():
@@ -412,18 +450,18 @@ def prepare_rows(run: Run, source, split: str, subset: str | None, apart: bool) 
     return rows
 
 
-def tokens_read(run: Run) -> Callable[[list[int]], int]:
-    """The function that counts what the model reads of training rows in one batch of the run's layout."""
+def tokens_read(run: Run) -> Callable[[list[tuple[int, list[int]]]], int]:
+    """The function that counts what the model reads of rows, as `part_lengths` tells them, in one batch of the run's
+    layout."""
     layout = getattr(run.collator, "layout", "padded")
-    parts = part_lengths(run.train_rows)
+    is_apart = getattr(run.collator, "decoder_start_ids", None) is not None
 
-    def count(numbers: list[int]) -> int:
-        rows = [parts[number] for number in numbers]
+    def count(rows: list[tuple[int, list[int]]]) -> int:
         if layout == "prefix_shared":
             return sum(prompt + sum(own) for prompt, own in rows)
         if layout == "padding_free":
             return sum(prompt * len(own) + sum(own) for prompt, own in rows)
-        if getattr(run.collator, "decoder_start_ids", None) is not None:  # two rows of each, padded apart
+        if is_apart:  # two rows of each, padded apart
             longest = max((prompt for prompt, _ in rows), default=0) + max((max(own) for _, own in rows), default=0)
         else:
             longest = max((prompt + max(own) for prompt, own in rows), default=0)
@@ -436,7 +474,9 @@ def plan_epoch(run: Run, epoch: int = 0, *, drop_last: bool | None = None) -> li
     """The windows of an epoch: which rows make up which optimizer step (see `epoch_windows`)."""
     args, by_tokens = run.args, {}
     if args.max_tokens_per_micro_batch:
-        by_tokens = {"most_tokens": args.max_tokens_per_micro_batch, "tokens_of": tokens_read(run)}
+        parts, count = part_lengths(run.train_rows), tokens_read(run)
+        by_tokens = {"most_tokens": args.max_tokens_per_micro_batch}
+        by_tokens["tokens_of"] = lambda numbers: count([parts[number] for number in numbers])
     windows = epoch_windows(
         run.train_rows["length"][:],
         batch_size=args.per_device_train_batch_size,
@@ -452,6 +492,29 @@ def plan_epoch(run: Run, epoch: int = 0, *, drop_last: bool | None = None) -> li
     if not windows:
         raise UserError("dataloader_drop_last leaves no batch: the training set is smaller than one")
     return windows
+
+
+def rest_of_stream(run: Run, *, num_workers: int, prefetch_factor: int | None) -> Iterator[tuple[int, list[dict]]]:
+    """From where the run stands to its end, the number of pairs and the batches of each window of its stream. What is
+    wrong with a row stops the run in one line."""
+    args, stream = run.args, run.stream
+    stream.place = run.state.stream or START
+    how = {"batch_size": args.per_device_train_batch_size, "longest": stream.longest}
+    if args.max_tokens_per_micro_batch:
+        how |= {"most_tokens": args.max_tokens_per_micro_batch, "tokens_of": tokens_read(run)}
+    windows = load_stream(
+        stream,
+        run.world,
+        partial(collated, collator=run.collator, **how),
+        stand_in=lambda: run.collator([run.train_rows[0]]),
+        fit=partial(check_fit, run),
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor,
+    )
+    try:
+        yield from islice(windows, run.total_steps - run.state.step)
+    except ValueError as error:
+        raise UserError(f"{first_line(error)}; {checkpoint.last_good(run.output_dir)}") from error
 
 
 # ------------------------------------------------------------------- the reference in advance, and what a run leaves
@@ -541,6 +604,13 @@ def what_options_matter(run: Run) -> dict:
     same_run = {"processes": run.world.size, "pairs_per_step": run.pairs_per_step}
     same_run |= {"today": run.today, "rows": fingerprint(rows)}
     same_run["pictures"] = hashlib.sha256(eyes_in_words(run.processing_class).encode()).hexdigest()[:16]
+    if args.dataset_streaming:  # what happens to later rows than those follows from the options
+        tokenizer = tokenizer_of(run.processing_class)
+        template = [str(getattr(each, "chat_template", None)) for each in (run.processing_class, tokenizer)]
+        same_run["chat_template"] = hashlib.sha256("".join(template).encode()).hexdigest()[:16]
+        for option in "max_length max_prompt_length max_completion_length truncation_mode skip_bad_rows".split():
+            same_run[option] = getattr(args, option)
+        same_run["chat_template_kwargs"] = str(args.chat_template_kwargs)
     for option in ("model_init_kwargs", "ref_model_init_kwargs"):
         same_run[option] = str(report.portable(getattr(args, option)))
     return same_run | {option: getattr(args, option) for option in EXACT_OPTIONS.split()}
@@ -594,7 +664,8 @@ def open_outputs(run: Run, trackers: dict, callbacks: list[Callable], resume: Pa
     files.write_whole(output_dir / "metrics.jsonl", "".join(map(report.as_line, run.rows)))
     report.write_config(output_dir, options)
     run.receivers = [partial(report.append_row, output_dir / "metrics.jsonl"), *trackers, *callbacks]
-    logger.info("%d rows, %d steps of %d rows", len(run.train_rows), run.total_steps, run.pairs_per_step)
+    rows = "a stream of rows" if run.stream else f"{len(run.train_rows)} rows"
+    logger.info("%s, %d steps of %d rows", rows, run.total_steps, run.pairs_per_step)
     logger.info("layout: %s", run.layout)
     if run.memory:
         total, *own = (costs.in_words(run.memory[name]) for name in ("peak", *costs.PARTS))

@@ -23,7 +23,7 @@ logger = logging.getLogger("dpo")
 SECRETS = ("token", "use_auth_token")  # keys of from_pretrained's arguments that no file and no tracker may see
 METRICS = {  # of metrics.jsonl, in words; losses, rewards and logps are means over all pairs since the last row
     "step": "optimizer steps taken",
-    "epoch": "how often that is through the training set",
+    "epoch": "how often that is through the training set; of a stream, how often it has begun again",
     "loss": "mean loss of a pair; the sigmoid loss starts at ln 2 = 0.6931",
     "rewards/chosen": "β·log π/π_ref of the chosen completion; with a reference it starts at 0",
     "rewards/rejected": "the same of the rejected completion; of a ranking, the mean of all but the best",

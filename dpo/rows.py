@@ -55,7 +55,7 @@ def canonical_row(row: dict, *, numbers: tuple = (), read_scores: bool = False, 
         raise ValueError(f"column 'chat_template_kwargs' is {type(kwargs).__name__}: it must be an object")
     canonical["chat_template_kwargs"] = {key: value for key, value in (kwargs or {}).items() if value is not None}
     for column in numbers:
-        canonical[column] = _number(row[column], column)
+        canonical[column] = _number(row.get(column), column)
     _check_kinds(canonical)
     _check_unread(canonical)
     return canonical

@@ -5,13 +5,17 @@ import glob
 import gzip
 import json
 import os
+import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import (
     Dataset,
     DatasetDict,
     Features,
+    IterableDataset,
+    IterableDatasetDict,
     Json,
     ReadInstruction,
     Value,
@@ -27,13 +31,17 @@ FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "cs
 
 
 def load_preferences(
-    source: str | Dataset | DatasetDict | list[dict], *, split: str = "train", subset: str | None = None
+    source: str | Dataset | DatasetDict | IterableDataset | IterableDatasetDict | list[dict],
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    streams: bool = False,
 ) -> dict:
     """Opens a preference dataset and returns its parts, {name for messages: Dataset}, in order.
 
     Args: source, a Hub name, a local .json/.jsonl/.parquet/.csv/.arrow file (.gz too), a directory of such files or one
     that save_to_disk wrote, a datasets.Dataset or DatasetDict, or a list of dicts; split and subset (configuration),
-    where the source has several.
+    where the source has several; streams, read nothing now: the parts are then datasets.IterableDatasets.
     A split may be a slice, as in train[:100]; a single file is both train and test.
     Raises: ValueError if there is no such dataset or split, or a file cannot be read: names the file and the line.
     """
@@ -42,7 +50,9 @@ def load_preferences(
         local = not isinstance(source, str | os.PathLike) or Path(os.path.expanduser(source)).exists()
     except OSError as error:
         raise ValueError(f"{str(source)[:60]!r} is no name of a dataset: {error.strerror}") from error
-    parts = _open(source, split=name if local else split, subset=subset)
+    parts = _open(source, split=name if local else split, subset=subset, streams=streams)
+    if streams:
+        return {name: _as_stream(rows) for name, rows in parts.items()}
     if not (local and slices):
         return parts
     if len(parts) > 1:
@@ -55,24 +65,29 @@ def load_preferences(
     return {where: rows.select(range(cut.from_, cut.to))}
 
 
-def _open(source, *, split: str, subset: str | None) -> dict:
+def _open(source, *, split: str, subset: str | None, streams: bool) -> dict:
     """The parts of a source, uncut."""
     if subset is not None and (not isinstance(source, str | os.PathLike) or Path(source).is_file()):
         raise ValueError(f"there is no subset {subset!r} in one file or object: leave out the subset (dataset_config)")
-    if isinstance(source, Dataset):
+    if isinstance(source, Dataset) or streams and isinstance(source, IterableDataset):
         return {"dataset": source}
-    if isinstance(source, DatasetDict):
+    if isinstance(source, DatasetDict) or streams and isinstance(source, IterableDatasetDict):
         return {f"dataset ({split})": _pick_split(source, split, "dataset")}
     if isinstance(source, list):
         return {"dataset": _from_list(source)}
     if not isinstance(source, str | os.PathLike):
         kinds = "a name, a path, a datasets.Dataset or a list of dicts"
+        kinds += (
+            " (only the training set may be a stream)"
+            if isinstance(source, IterableDataset | IterableDatasetDict)
+            else ""
+        )
         raise ValueError(f"a dataset is {kinds}, not {type(source).__name__}")
-    path = Path(os.path.expanduser(source))
+    path, read = Path(os.path.expanduser(source)), _stream_file if streams else _read_file
     if path.is_file():
         if split not in ("train", "test"):
             raise ValueError(f"{path} is one file and has no split {split!r}: leave the split out")
-        return {str(path): _read_file(path)}
+        return {str(path): read(path)}
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         try:
             saved = load_from_disk(str(path))
@@ -92,11 +107,12 @@ def _open(source, *, split: str, subset: str | None) -> dict:
         kinds = {_format(file) for file in there} & FORMATS.keys()
         if kinds := kinds - {_format(Path(file)) for each in splits.values() for file in each}:
             raise ValueError(f"{path} holds {', '.join(sorted(kinds))} files, too: name the one file to read")
-        return {str(file): _read_file(file) for file in files}
+        return {str(file): read(file) for file in files}
     if _format(path) in FORMATS or path.is_absolute() or str(source).startswith(".") or len(path.parts) > 2:
         raise ValueError(f"there is no file or directory {str(source)!r}: check the path")
+    how = {"split": split} | ({"streaming": True} if streams else {})
     try:
-        return {f"{source} ({split})": load_dataset(str(source), subset, split=split)}
+        return {f"{source} ({split})": load_dataset(str(source), subset, **how)}
     except Exception as error:
         what = f"the dataset {str(source)!r}, split {split!r}, from the Hub (nor is it a file or directory here)"
         raise ValueError(f"cannot load {what}: {first_line(error)}") from error
@@ -148,13 +164,30 @@ def _open_text(path: Path):
     return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig")
 
 
-def _read_file(path: Path) -> Dataset:
-    suffix = _format(path)
-    if suffix not in FORMATS:
+def _checked_suffix(path: Path) -> str:
+    if (suffix := _format(path)) not in FORMATS:
         raise ValueError(f"{path} is not one of {', '.join(FORMATS)}: convert it, or name another file")
-    empty = ValueError(f"{path} is empty: it must hold at least one preference pair")
     if path.stat().st_size == 0:
-        raise empty
+        raise ValueError(f"{path} is empty: it must hold at least one preference pair")
+    return suffix
+
+
+def _csv_columns(path: Path, lines) -> list[str]:
+    """The names of the columns of a CSV file, of whose lines this takes the first."""
+    columns = [name or f"Unnamed: {i}" for i, name in enumerate(next(lines, []))]  # pandas' index has none
+    if twice := [name for name in columns if columns.count(name) > 1]:
+        raise ValueError(f"{path}, line 1: two columns are called {twice[0]!r}: rename one")
+    return columns
+
+
+def _check_cells(path: Path, lines, cells: list[str], columns: list[str]) -> None:
+    if len(cells) > len(columns):  # pandas would take the first for an index, and shift the others
+        where = f"{path}, line {lines.line_num}"
+        raise ValueError(f"{where}: {len(cells)} cells under {len(columns)} columns: mend it")
+
+
+def _read_file(path: Path) -> Dataset:
+    suffix = _checked_suffix(path)
     options, here = {}, glob.escape(str(path))  # a name is no pattern: pairs[1].jsonl is not pairs1.jsonl
     if FORMATS[suffix] in ("json", "csv"):
         _check_text(path)
@@ -163,13 +196,9 @@ def _read_file(path: Path) -> Dataset:
             # In a CSV file "NA" and "12" are texts that someone preferred, neither a missing value nor a number.
             with _open_text(path) as file:
                 lines = csv.reader(file)
-                columns = [name or f"Unnamed: {i}" for i, name in enumerate(next(lines, []))]  # pandas' index has none
-                if twice := [name for name in columns if columns.count(name) > 1]:
-                    raise ValueError(f"{path}, line 1: two columns are called {twice[0]!r}: rename one")
+                columns = _csv_columns(path, lines)
                 for cells in lines:
-                    if len(cells) > len(columns):  # pandas would take the first for an index, and shift the others
-                        where = f"{path}, line {lines.line_num}"
-                        raise ValueError(f"{where}: {len(cells)} cells under {len(columns)} columns: mend it")
+                    _check_cells(path, lines, cells, columns)
             options = {"keep_default_na": False, "features": Features(dict.fromkeys(columns, Value("string")))}
         rows = load_dataset(FORMATS[suffix], data_files=here, split="train", **options)
         wide = {key: Json() for key, kind in rows.features.items() if FORMATS[suffix] == "json" and _has_objects(kind)}
@@ -181,7 +210,7 @@ def _read_file(path: Path) -> Dataset:
         if str(error).startswith(f"{path}, line "):
             raise
         if "corresponds to no data" in str(error):  # datasets' words for a file of no rows
-            raise empty from error
+            raise ValueError(f"{path} is empty: it must hold at least one preference pair") from error
         if FORMATS[suffix] == "json":
             _explain_json(path)
         reason = first_line(error.__cause__ or error)
@@ -225,3 +254,123 @@ def _explain_json(path: Path) -> None:
             raise ValueError(f"{where}: not valid JSON: {error.msg} at column {error.colno}: mend it") from error
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}: mend it") from error
+
+
+# --------------------------------------------------------------------------------------------------- a file as a stream
+
+PIECE = 64 * 2**20  # bytes of a JSON file between places at which its reading can go on without what is before
+
+
+def _as_stream(rows: Dataset | IterableDataset) -> IterableDataset:
+    """Rows as a stream, pictures in them as they are stored. Raises: ValueError if its shuffle() was called."""
+    if _has_buffer(getattr(rows, "_ex_iterable", None)):
+        how = "leave out its shuffle(), and set shuffle and shuffle_buffer"
+        raise ValueError(f"the stream has a shuffle buffer of its own, which no checkpoint can keep: {how}")
+    rows = rows.to_iterable_dataset() if isinstance(rows, Dataset) else rows.with_format(None)
+    return rows.decode(False) if rows.features is not None else rows
+
+
+def _has_buffer(examples) -> bool:
+    """Whether what a stream iterates over is shuffled in a buffer, somewhere inside."""
+    inside = [getattr(examples, "ex_iterable", None), *getattr(examples, "ex_iterables", ())]
+    return "BufferShuffled" in type(examples).__name__ or any(_has_buffer(each) for each in inside if each is not None)
+
+
+def _stream_file(path: Path) -> IterableDataset:
+    suffix, given = _checked_suffix(path), {"path": str(path)}
+    if suffix in (".parquet", ".arrow"):
+        try:
+            return load_dataset(FORMATS[suffix], data_files=glob.escape(str(path)), split="train", streaming=True)
+        except Exception as error:
+            reason = first_line(error.__cause__ or error)
+            raise ValueError(f"{path} cannot be read as {suffix[1:]}: {reason}: mend or convert it") from error
+    if suffix == ".csv":
+        return IterableDataset.from_generator(_csv_rows, gen_kwargs=given)
+    if _is_array(path):
+        return IterableDataset.from_generator(_json_array, gen_kwargs=given)
+    starts = [0] if path.suffix == ".gz" else list(range(0, path.stat().st_size, PIECE))
+    pieces = list(zip(starts, [*starts[1:], sys.maxsize], strict=True))
+    return IterableDataset.from_generator(_json_rows, gen_kwargs=given | {"pieces": pieces})
+
+
+def _open_bytes(path: Path):
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rb")
+
+
+def _is_array(path: Path) -> bool:
+    """Whether a JSON file is one array, and not an object a line."""
+    try:
+        with _open_bytes(path) as file:
+            return file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    except (OSError, EOFError, zlib.error):
+        return False  # its rows will tell
+
+
+def _csv_rows(path: str) -> Iterator[dict]:
+    """The rows of a CSV file one by one, all of text, which is empty where a line is too short."""
+    path = Path(path)
+    try:
+        with _open_text(path) as file:
+            lines = csv.reader(file)
+            columns = _csv_columns(path, lines)
+            for cells in lines:
+                _check_cells(path, lines, cells, columns)
+                if cells:
+                    yield dict.fromkeys(columns, "") | dict(zip(columns, cells, strict=False))
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error, csv.Error) as error:
+        _check_text(path)
+        raise ValueError(f"{path} cannot be read: {first_line(error)}: mend or replace it") from error
+
+
+def _json_rows(path: str, pieces: list[tuple[int, int]]) -> Iterator[dict]:
+    """The rows of a JSON file one by one, those of the lines that begin in pieces of it, (first byte, end)."""
+    path = Path(path)
+    try:
+        for start, end in pieces:
+            with _open_bytes(path) as file:
+                file.seek(max(0, start - 1))
+                if start:
+                    file.readline()  # the end of a line that began in the piece before
+                while (at := file.tell()) < end and (line := file.readline()):
+                    if line.strip():
+                        yield _json_row(path, at, line)
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
+        _check_text(path)
+        raise ValueError(f"{path} cannot be read: {first_line(error)}: mend or replace it") from error
+
+
+def _json_row(path: Path, at: int, line: bytes) -> dict:
+    """The row in a line that begins at this byte. Raises: ValueError with the line's number."""
+    text = line.decode("utf-8-sig" if at == 0 else "utf-8")
+    try:
+        row = json.loads(text)
+        if isinstance(row, dict):
+            return row
+        reason = "is not a JSON object"
+    except RecursionError:
+        reason = "nested too deeply"
+    except json.JSONDecodeError as error:
+        reason = f"not valid JSON: {error.msg} at column {error.colno}"
+    number = 1
+    with _open_bytes(path) as file:
+        while file.tell() < at and file.readline():
+            number += 1
+    raise ValueError(f"{path}, line {number}: {reason}: mend it")
+
+
+def _json_array(path: str) -> Iterator[dict]:
+    """The rows of a JSON file that is one array, which has no lines to go by: it is read whole."""
+    path = Path(path)
+    _check_text(path)
+    try:
+        with _open_text(path) as file:
+            rows = json.load(file)
+    except RecursionError as error:
+        raise ValueError(f"{path}: nested too deeply: mend it") from error
+    except json.JSONDecodeError as error:
+        reason = f"not valid JSON: {error.msg} at column {error.colno}"
+        raise ValueError(f"{path}, line {error.lineno}: {reason}: mend it") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number}: is not a JSON object: mend it")
+        yield row

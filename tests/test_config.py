@@ -102,6 +102,7 @@ num_train_epochs            0 inf | 0.1 |
 logging_steps               0 inf | 0.1 |
 save_steps                  0 inf | 0.1 |
 eval_steps                  0 inf | 0.1 | --eval_strategy steps
+shuffle_buffer              1    | 2   | --dataset_streaming --max_steps 9
 """
 
 # Options that do nothing by themselves, and what each needs beside it.
@@ -125,6 +126,7 @@ NEEDS = [
     ("--per_device_eval_batch_size 5", "--eval_strategy steps"),
     ("--metric_for_best_model rewards/margins", BEST),
     ("--greater_is_better true", BEST),
+    ("--shuffle_buffer 5", "--dataset_streaming --max_steps 9"),
 ]
 
 # A command line or a file that is refused, and the essential words of the refusal.
@@ -177,6 +179,19 @@ REFUSED = [
     ("--sync_ref_model --ref_model_name_or_path m", "sync_ref_model moves the policy's own start"),
     ("--loss_type simpo --sync_ref_model", "simpo has no reference"),
     ("--loss_type orpo --ref_model_name_or_path m", "orpo has no reference"),
+    ("--dataset_streaming", "dataset_streaming: nobody knows how many rows will come: set max_steps"),
+    *(
+        (f"--dataset_streaming --max_steps 9 {line}", words)
+        for line, words in (
+            ("--eval_strategy epoch", "set eval_strategy and save_strategy to steps"),
+            ("--save_strategy epoch", "set eval_strategy and save_strategy to steps"),
+            ("--precompute_ref_log_probs", "leave out precompute_ref_log_probs"),
+            ("--group_by_length", "leave out group_by_length"),
+            ("--dataloader_drop_last", "leave out dataloader_drop_last"),
+            ("--dataset_train_split train[:5]", "reads no slice, as dataset_train_split train[:5] is: leave it out"),
+            ("--shuffle false --shuffle_buffer 9", "shuffle_buffer does nothing without shuffle: leave it out"),
+        )
+    ),
 ]
 for bound in BOUNDS.strip().splitlines():
     (name, *bad), good, beside = (part.split() for part in bound.split("|"))

@@ -108,6 +108,8 @@ CHANGES = {
     "dataloader_num_workers": ({}, 1, config("workers")),
     "dataloader_prefetch_factor": ({"dataloader_num_workers": 1}, 3, config("workers")),
     "dataloader_drop_last": ({"per_device_train_batch_size": 7}, True, steps),
+    "dataset_streaming": ({"max_steps": 4}, True, losses),
+    "shuffle_buffer": ({"dataset_streaming": True, "max_steps": 4}, 4, losses),
     "shuffle": ({}, False, losses),
     "group_by_length": ({}, True, losses),
     "loss_type": ({}, "ipo", losses),

@@ -124,7 +124,7 @@ OTHER_DEFAULTS = {
 }
 OURS_ALONE = """ref_model_name_or_path eval_dataset_name skip_bad_rows layout shuffle simpo_gamma
 orpo_lambda cpo_alpha dpop_lambda r_dpo_alpha chipo_clip exo_beta_r num_samples max_new_tokens sample_reward
-chat_template_kwargs show_rows logits_budget max_tokens_per_micro_batch measure_utilisation profile"""
+chat_template_kwargs show_rows shuffle_buffer logits_budget max_tokens_per_micro_batch measure_utilisation profile"""
 # What DPOTrainer takes, and what `dpo.loop.train` has in its place where that is not the same name.
 TRAINER = {
     "callbacks": "functions of a metrics row: there is no Trainer that a TrainerCallback could look into",
