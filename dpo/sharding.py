@@ -109,16 +109,20 @@ def gather(named: dict[str, torch.Tensor], *, keep: bool, copy: bool) -> dict[st
 # ---------------------------------------------------------------------------- models that no process could hold whole
 
 
-def find_weights(model: torch.nn.Module, files: Iterable[Path]) -> dict[str, Path] | None:
-    """{parameter: the safetensors file that has it} of a model whose parameters have no memory; None if the files lack
-    one, or have it under another name or in another shape: then it has to be loaded as its family does it."""
+def find_weights(model: torch.nn.Module, files: Iterable[Path]) -> dict[str, tuple[Path, str]] | None:
+    """{parameter: (the safetensors file that has it, its name there)} of a model whose parameters have no memory, a
+    tied one under all its names; None if the files lack one, or have it under another name or in another shape: then
+    it has to be loaded as its family does it."""
     places, shapes = {}, {}
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 places[name], shapes[name] = path, tuple(file.get_slice(name).get_shape())
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return {name: places[name] for name in wanted} if all(shapes.get(n) == s for n, s in wanted.items()) else None
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    if any(shapes.get(name) != tuple(parameter.shape) for name, parameter in model.named_parameters()):
+        return None
+    every_name = model.named_parameters(remove_duplicate=False)
+    return {name: (places[names[id(p)]], names[id(p)]) for name, p in every_name}
 
 
 @contextmanager
@@ -152,13 +156,13 @@ def as_if_in_memory(model: torch.nn.Module):
 
 
 @torch.no_grad()
-def fill(model: torch.nn.Module, places: dict[str, Path]) -> None:
+def fill(model: torch.nn.Module, places: dict[str, tuple[Path, str]]) -> None:
     """Reads this process's rows of each parameter that `find_weights` has found, under whatever adapter the model has
     got since. Nobody ever holds all of a parameter."""
     for name, parameter in model.named_parameters():
-        own = re.sub(ADDED, "", name)
-        if own in places:
-            with safe_open(places[own], framework="pt") as file:
+        path, own = places.get(re.sub(ADDED, "", name), (None, None))
+        if path is not None:
+            with safe_open(path, framework="pt") as file:
                 rows, mine = file.get_slice(own), local(parameter)
                 start = min(-(-len(parameter) // dist.get_world_size()) * dist.get_rank(), len(parameter))
                 mine.copy_(rows[start : start + len(mine)])

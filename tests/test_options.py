@@ -202,6 +202,7 @@ ELSEWHERE = {
     "output_dir disable_tqdm use_cpu": "test_where_a_run_goes_and_what_it_is_called_there",
     "is_encoder_decoder label_pad_token_id": "test_an_encoder_decoder_trains_as_its_configuration_says",
     "output_router_logits router_aux_loss_coef": "test_the_load_balance_of_a_mixture_of_experts_is_added_to_the_loss",
+    "fsdp fsdp_offload fsdp_transformer_layer_cls_to_wrap": "test_what_cannot_be_in_shards_is_refused",
     "run_name": "test_a_tracker_is_told_the_name_of_the_run",
 }
 

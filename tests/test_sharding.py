@@ -2,17 +2,29 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import sharded_runs
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_model, make_rows, start
+from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file
-from sharded_runs import CASES, KEPT
+from sharded_runs import CASES, KEPT, LORA, SYNCED
+from test_images import see
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
+
+from dpo import checkpoint
+from dpo.adapters import add_adapter, starts_from_base
+from dpo.config import UserError
+from dpo.distributed import setup
+from dpo.models import load_empty, load_model
+from dpo.sharding import as_if_in_memory, blocks_of, shard, whole
 
 COMMON = [name for name in CASES if not name.startswith("saved")]
 
@@ -107,3 +119,135 @@ def test_a_checkpoint_serves_any_number_of_processes_and_both_layouts(alone):
             else:
                 assert_alike(rows, expected)
                 assert all(torch.allclose(own[key], weights[key], atol=2e-5) for key in weights), name
+
+
+# ------------------------------------------------------------------------------------------- in a world of one process
+
+
+@pytest.fixture
+def one_process():
+    """A group of one process, which in shards holds all of them."""
+    setup(use_cpu=True, shards=True)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("more", [{}, LORA, SYNCED], ids=["full", "lora", "synced"])
+def test_one_process_in_shards_is_one_process(more, folder, tmp_path, one_process):
+    options = {"save_strategy": "steps", "save_steps": 3, "rows": make_rows(24), **more}
+    plain = start(tmp_path / "plain", str(folder / "llama"), **options)
+    shards = start(tmp_path / "shards", str(folder / "llama"), fsdp="full_shard", **options)
+    for ours, row in zip(shards.rows, plain.rows, strict=True):
+        rates = ("tokens_per_second", "unique_tokens_per_second")
+        expected = {key: value for key, value in row.items() if key not in rates}
+        assert {key: ours[key] for key in expected} == pytest.approx(expected, abs=1e-6, rel=1e-6)
+    again = start(tmp_path / "shards", str(folder / "llama"), resume_from_checkpoint="true", **options)  # and unsharded
+    assert again.rows == shards.rows
+    saved = (load_file(next((tmp_path / name).glob("*model.safetensors"))) for name in ("plain", "shards"))
+    a, b = saved
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_model_comes_into_shards_from_its_files_without_being_held(folder, one_process, monkeypatch):
+    """Each parameter is on no device until its rows are read; an adapter begins with the numbers it would have had."""
+    lora = {"r": 4, "target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"]}
+    for name in ("llama", "tied"):
+        expected = load_model(str(folder / name))
+        torch.manual_seed(7)
+        expected = add_adapter(expected, lora).state_dict()
+        model = load_empty(str(folder / name))
+        assert all(parameter.is_meta for parameter in model.parameters())
+        assert not any(buffer.is_meta for buffer in model.buffers())
+        torch.manual_seed(7)
+        with as_if_in_memory(model):
+            adapted = add_adapter(model, lora)
+        base = [p for key, p in adapted.named_parameters() if "lora_" not in key and "modules_to_save" not in key]
+        assert base and all(parameter.is_meta and not parameter.requires_grad for parameter in base)
+        found = {key: whole(value) for key, value in shard(adapted, torch.device("cpu")).state_dict().items()}
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+    assert load_empty(str(folder / "mixtral")) is None  # whose files have each expert apart
+    adapted = load_empty(str(folder / "adapter"))
+    expected = load_model(str(folder / "adapter")).state_dict()
+    found = {key: whole(value) for key, value in shard(adapted, torch.device("cpu")).state_dict().items()}
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "is_from_base"),
+    [
+        (None, False),
+        ({"r": 8}, False),
+        ({"init_lora_weights": "gaussian"}, False),
+        ({"init_lora_weights": "pissa"}, True),
+        ({"use_dora": True}, True),
+        (LoraConfig(), False),
+        (LoraConfig(init_lora_weights="olora"), True),
+        (IA3Config(), True),
+    ],
+)
+def test_an_adapter_that_begins_with_the_bases_weights_needs_them(config, is_from_base):
+    assert starts_from_base(config) == is_from_base
+
+
+def test_blocks_are_what_the_model_says_or_the_option(one_process):
+    model, names = make_model(), ["LlamaMLP", "LlamaAttention"]
+    assert blocks_of(model) == list(model.model.layers) and len(blocks_of(model, names)) == 4
+    with pytest.raises(ValueError, match="no module of the model is a LlamaBlock: name one of .*LlamaDecoderLayer"):
+        blocks_of(model, ["LlamaDecoderLayer", "LlamaBlock"])
+    with pytest.raises(ValueError, match="fsdp_transformer_layer_cls_to_wrap: the model does not say"):
+        blocks_of(torch.nn.ModuleList([torch.nn.Linear(2, 2)]))
+    model, _ = see("qwen2_vl")
+    assert {type(block).__name__ for block in blocks_of(model)} == {"Qwen2VLDecoderLayer"}  # its eyes stay together
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"fp16": True}, "fp16 scales the gradients of whole models"),
+        ({"optim": "adamw_8bit"}, "optim adamw_8bit needs whole matrices"),
+        ({"optim": "adafactor"}, "optim adafactor needs whole matrices"),
+        ({"fsdp_offload": True}, "fsdp_offload does nothing on a CPU"),
+        ({"fsdp_transformer_layer_cls_to_wrap": ["Block"]}, "no module of the model is a Block"),
+    ],
+)
+def test_what_cannot_be_in_shards_is_refused(options, words, tmp_path, one_process):
+    with pytest.raises(UserError, match=words):
+        start(tmp_path, use_cpu=True, fsdp="full_shard", **options)
+
+
+def test_the_option_says_which_blocks_are_gathered_at_a_time(folder, tmp_path, one_process):
+    run = start(
+        tmp_path, str(folder / "llama"), max_steps=1, fsdp="full_shard", fsdp_transformer_layer_cls_to_wrap="LlamaMLP"
+    )
+    gathered = {type(module).__name__ for module in run.model.modules() if isinstance(module, FSDPModule)}
+    assert gathered == {"FSDPLlamaMLP", "FSDPLlamaForCausalLM"}
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(tmp_path, monkeypatch):
+    """The writing of checkpoint-2 is held up until step 3 has been taken."""
+    options = {"rows": make_rows(24), "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    options |= {"per_device_train_batch_size": 4}
+    start(tmp_path / "at once", **options)
+    monkeypatch.setattr("dpo.checkpoint.AT_ONCE", 0)
+    goes_on, write, waited = threading.Event(), checkpoint.write_model, []
+
+    def held_up(*arguments):
+        waited.append(goes_on.wait(timeout=60))
+        write(*arguments)
+
+    def let_go(row):
+        if row["step"] == 3:
+            assert not (tmp_path / "late" / "checkpoint-2").exists()
+            goes_on.set()
+
+    monkeypatch.setattr("dpo.checkpoint.write_model", held_up)
+    start(tmp_path / "late", callbacks=[let_go], **options)
+    assert waited[0] and checkpoint.checkpoints(tmp_path / "late").keys() == {2, 4}
+    for step in (2, 4):
+        a, b = (load_file(tmp_path / name / f"checkpoint-{step}" / "model.safetensors") for name in ("at once", "late"))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    monkeypatch.setattr("dpo.checkpoint.write_model", write)
+    shutil.rmtree(tmp_path / "late" / "checkpoint-4")
+    again = start(tmp_path / "late", resume_from_checkpoint="true", **options)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("at once", "late"))
+    assert again.rows[-1]["step"] == 4 and all(torch.equal(a[key], b[key]) for key in a)
