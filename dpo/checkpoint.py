@@ -3,6 +3,7 @@
 import logging
 import math
 import random
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -24,6 +25,8 @@ from dpo.rows import first_line
 from dpo.sharding import gather
 
 logger = logging.getLogger("dpo")
+# A run of one process has no group: that is no news.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 SHARDS = "state"  # the folder in a checkpoint that torch.distributed.checkpoint writes
 # How a step's pairs are shared out, which changes where a run goes on with another number of processes.
 OF_PROCESSES = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
