@@ -272,6 +272,9 @@ class DPOConfig:
             setattr(self, name, getattr(self, name) or {})
         if str(self.resume_from_checkpoint).lower() == "false":
             self.resume_from_checkpoint = None
+        words = (self.fsdp or "").replace(",", " ").split()  # as transformers has it
+        self.fsdp = " ".join(word for word in words if word not in ("auto_wrap", "offload")) or None
+        self.fsdp_offload = self.fsdp_offload or "offload" in words
         if self.padding_free and self.layout == "auto":
             self.layout = "padding_free"
         self.metric_for_best_model = f"eval_{(self.metric_for_best_model or 'loss').removeprefix('eval_')}"

@@ -123,7 +123,8 @@ def go(folder: Path, name: str, how: str, processes: int, **more):
         options |= {"rows": rows_with_pictures(), "processing_class": AutoProcessor.from_pretrained(folder / "eyes")}
     for option in ("ref_model_name_or_path", "ref_cache_dir"):
         options |= {option: str(folder / options[option])} if option in options else {}
-    batch = 8 // processes // options.get("gradient_accumulation_steps", 1)
+    before = int(run.split("-")[1]) if run else processes  # one that goes on has the command line of the one before
+    batch = 8 // before // options.get("gradient_accumulation_steps", 1)
     options |= {"per_device_train_batch_size": batch, "use_cpu": True, "overwrite_output_dir": True}
     options |= {"fsdp": "full_shard"} if how == "fsdp" else {}
     return start(

@@ -21,11 +21,13 @@ from transformers import AutoModelForCausalLM
 
 from dpo import checkpoint
 from dpo.adapters import add_adapter, starts_from_base
-from dpo.config import UserError
+from dpo.config import DPOConfig, UserError
 from dpo.distributed import setup
 from dpo.models import load_empty, load_model
 from dpo.sharding import as_if_in_memory, blocks_of, shard, whole
 
+FOUR = ["full", "tied", "rearranged", "sees", "padding_free", "lora", "4 bits", "cached", "synced", "bco", "ranked"]
+FOUR += ["evaluated", "evaluated lora"]
 COMMON = [name for name in CASES if not name.startswith("saved")]
 
 
@@ -67,7 +69,7 @@ def alone(folder) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_a_run_in_shards_is_that_of_one_process(alone, processes):
-    names = COMMON if processes == 2 else [name for name in COMMON if "accumulated" not in name and name != "sorted"]
+    names = COMMON if processes == 2 else FOUR
     runs_of(alone, processes, "fsdp", names)
     for name in names:
         assert_alike(left(alone, f"fsdp-{processes}-{name}"), left(alone, f"alone-1-{name}"))
@@ -213,6 +215,15 @@ def test_blocks_are_what_the_model_says_or_the_option(one_process):
 def test_what_cannot_be_in_shards_is_refused(options, words, tmp_path, one_process):
     with pytest.raises(UserError, match=words):
         start(tmp_path, use_cpu=True, fsdp="full_shard", **options)
+
+
+def test_the_option_may_be_written_as_transformers_has_it():
+    assert DPOConfig(fsdp="full_shard auto_wrap").fsdp == "full_shard"
+    config = DPOConfig(fsdp="full_shard offload")
+    assert (config.fsdp, config.fsdp_offload) == ("full_shard", True)
+    for fsdp in ("shard_grad_op", "full_shard hybrid"):
+        with pytest.raises(UserError, match=f"fsdp is '{fsdp}': choose one of full_shard"):
+            DPOConfig(fsdp=fsdp)
 
 
 def test_the_option_says_which_blocks_are_gathered_at_a_time(folder, tmp_path, one_process):
