@@ -3,6 +3,7 @@
 import ctypes
 import datetime
 import os
+import re
 import signal
 import sys
 import threading
@@ -238,6 +239,11 @@ def first_process_first(world: World):
     finally:
         if world.rank == 0:
             barrier(world)
+
+
+def is_of_another(error: RuntimeError) -> bool:
+    """Whether this is how gloo or NCCL tell that another process has ended, which tells itself why."""
+    return re.search(r"(closed|reset) by peer|Broken pipe|remote process exited", str(error)) is not None
 
 
 def is_first() -> bool:
