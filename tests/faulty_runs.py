@@ -1,6 +1,7 @@
-"""dpo.loop with something in its way, for test_faults.py: `torchrun faulty_runs.py FAULT ...`, the rest as for dpo.loop.
+"""dpo.loop with something in its way, for test_faults.py: `torchrun -m faulty_runs FAULT`, and dpo.loop's options.
 
-FAULT is none, slow, or what fails, where and when: "error 1 3" raises in process 1 in the step after the third.
+FAULT is slow, or what fails, in which process and when: "error 1 3" raises in process 1 after step 3, "full 0 2" finds
+process 0 no room for the second checkpoint; "error 1 3 slow" is both.
 """
 
 import errno
@@ -18,7 +19,7 @@ RANK = int(os.environ.get("RANK", 0))
 
 
 def write_slowly() -> None:
-    """Checkpoints are written while training goes on, for some seconds each in any process."""
+    """Checkpoints are written while training goes on, and not by all processes in the same time."""
     dpo.checkpoint.AT_ONCE = 0.0
     write = dcp.FileSystemWriter.write_data
 
@@ -30,10 +31,10 @@ def write_slowly() -> None:
 
 
 def fail(kind: str, rank: int, step: int) -> None:
-    """In this process something fails after so many steps."""
+    """Something fails in one process, after so many steps."""
 
     def check(now: int) -> None:
-        if RANK == rank and now == step:
+        if rank == RANK and now == step:
             raise {"error": ZeroDivisionError("a callback's own"), "refused": UserError("row 7 is odd")}[kind]
 
     before = dpo.loop.train_step
@@ -46,12 +47,12 @@ def fail(kind: str, rank: int, step: int) -> None:
 
 
 def fill_disk(rank: int, number: int) -> None:
-    """From the so manieth checkpoint on this process finds no room for its share."""
+    """From the checkpoint of this number on one process finds no room for its share."""
     write, begun = dcp.FileSystemWriter.write_data, []
 
     def full(*arguments):
         begun.append(1)
-        if RANK == rank and len(begun) >= number:
+        if rank == RANK and len(begun) >= number:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(*arguments)
 
@@ -60,7 +61,7 @@ def fill_disk(rank: int, number: int) -> None:
 
 if __name__ == "__main__":
     fault, *where = sys.argv[1].split()
-    if fault == "slow" or "slow" in where:
+    if "slow" in (fault, *where):
         write_slowly()
     if fault in ("error", "refused"):
         fail(fault, int(where[0]), int(where[1]))
