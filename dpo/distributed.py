@@ -188,7 +188,7 @@ def from_first(value, world: World):
 def noted_signals(noted: list[int]):
     """Inside, SIGTERM, SIGHUP and Ctrl-C are noted instead of obeyed: the list gets their numbers.
     A second one, later than torchrun's passing on of the first, ends the process at once."""
-    noted_at = 0.0
+    noted_at = time.monotonic()  # of one noted in the epoch before, to which a second one may still belong
 
     def note(number, _frame):
         nonlocal noted_at

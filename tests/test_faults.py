@@ -40,12 +40,16 @@ WAYS = {"1 process": (1, []), "2 processes": (2, []), "2 in shards": (2, ["--fsd
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model, rows, and what a run that nothing befell left, in each of the ways."""
     folder = tmp_path_factory.mktemp("faults")
+    make_data(folder)
+    return folder
+
+
+def make_data(folder: Path) -> None:
+    """A model, and rows."""
     make_model().save_pretrained(folder / "model")
     make_tokenizer().save_pretrained(folder / "model")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(12)))
-    return folder
 
 
 def whole(folder: Path, way: str) -> Path:
@@ -62,10 +66,10 @@ def launch(
 ) -> subprocess.Popen:
     """Starts a run; in shards its checkpoints are written while it goes on. torchrun: how its agents meet."""
     processes, options = WAYS[way]
-    agent = ["torch.distributed.run", *torchrun.split(), "--nproc_per_node", str(processes), "-m"]
+    agent = ["torch.distributed.run", "--nproc_per_node", str(processes), *torchrun.split(), "-m"]
     fault = fault or ("slow" if "--fsdp" in options else "")
     module = ["faulty_runs", fault] if fault else ["dpo.loop"]
-    command = [sys.executable, "-m", *(agent if processes > 1 or "--nnodes" in torchrun else []), *module]
+    command = [sys.executable, "-m", *(agent if processes > 1 else []), *module]
     path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     log = (folder / f"{output_dir}.log").open("a")
     return subprocess.Popen(
@@ -97,12 +101,13 @@ def is_at_work(pid: int) -> bool:
         return False
 
 
-def kill(process: subprocess.Popen, dice: random.Random) -> bool:
-    """Kills a process, whatever it is at; of several one, or torchrun alone, or all. Whether it was still at something;
-    the others must notice, and leave."""
+def kill(process: subprocess.Popen, dice: random.Random | None = None) -> bool:
+    """Kills a process, whatever it is at; by the dice, of several one, or torchrun alone, or all. Whether it was still
+    at something; the others must notice, and leave."""
     workers, is_alive = workers_of(process), process.poll() is None
     everything = [process.pid, *workers]
-    for pid in dice.choice([[process.pid], everything, *([worker] for worker in workers)]) if is_alive else []:
+    some = dice.choice([[process.pid], everything, *([worker] for worker in workers)]) if dice else everything
+    for pid in some if is_alive else []:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait(timeout=60)
