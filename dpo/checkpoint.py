@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from peft import PeftModel
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from dpo import files
@@ -145,9 +146,12 @@ def begin_checkpoint(
     shards = dcp.async_save({"model": tensors["model"]} if only_model else tensors, **_at(unfinished, world))
 
     def finish() -> None:
-        write_model(unfinished, model, weights, processing_class)
-        if not only_model:
-            torch.save(small, unfinished / "state.pt")
+        try:
+            write_model(unfinished, model, weights, processing_class)
+            if not only_model:
+                torch.save(small, unfinished / "state.pt")
+        finally:
+            wait([shards])  # what fails is removed: by then nobody may write to it any more
         shards.result()
         files.end_aside(unfinished, directory)
 
@@ -168,9 +172,18 @@ def result_of(saving: Saving) -> None:
     """In the first process: waits for a checkpoint. Raises: ValueError in one line if it could not be written."""
     try:
         saving.written.result()
-    except Exception as error:  # a full disk is an OSError, torch's RuntimeError, or safetensors' own
+    except (Exception, CheckpointException) as error:  # a full disk is an OSError, torch's own, or safetensors'
         files.remove_aside(saving.directory)
-        raise ValueError(f"{saving.directory} could not be written: {first_line(error)}") from error
+        raise ValueError(f"{saving.directory} could not be written: {what_failed(error)}") from error
+
+
+def what_failed(error: BaseException) -> str:
+    """The words of an error in one line; of one that torch.distributed.checkpoint has gathered (it is no Exception,
+    and its first line says nothing) those of the first process that had one."""
+    if not isinstance(error, CheckpointException) or not error.failures:
+        return first_line(error)
+    rank, (first, _) = min(error.failures.items(), key=lambda failure: failure[0])
+    return f"{first_line(first)} (process {rank})" if dist.is_initialized() else first_line(first)
 
 
 def in_background(work: Callable) -> Future:
@@ -245,9 +258,9 @@ def _read(directory: Path, tensors: dict, world: World) -> None:
     """Reads each process's share of a checkpoint into tensors."""
     try:
         dcp.load(tensors, **_at(directory, world))
-    except Exception as error:  # one of torch's own many
+    except (Exception, CheckpointException) as error:  # one of torch's own many
         raise ValueError(
-            f"{directory / SHARDS} does not fit this run's model and optimizer: {first_line(error)}"
+            f"{directory / SHARDS} does not fit this run's model and optimizer: {what_failed(error)}"
         ) from error
 
 

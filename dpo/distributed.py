@@ -3,6 +3,7 @@
 import ctypes
 import datetime
 import os
+import re
 import signal
 import sys
 import threading
@@ -187,7 +188,7 @@ def from_first(value, world: World):
 def noted_signals(noted: list[int]):
     """Inside, SIGTERM, SIGHUP and Ctrl-C are noted instead of obeyed: the list gets their numbers.
     A second one, later than torchrun's passing on of the first, ends the process at once."""
-    noted_at = 0.0
+    noted_at = time.monotonic()  # of one noted in the epoch before, to which a second one may still belong
 
     def note(number, _frame):
         nonlocal noted_at
@@ -238,6 +239,11 @@ def first_process_first(world: World):
     finally:
         if world.rank == 0:
             barrier(world)
+
+
+def is_of_another(error: RuntimeError) -> bool:
+    """Whether this is how gloo or NCCL tell that another process has ended, which tells itself why."""
+    return re.search(r"(closed|reset) by peer|Broken pipe|remote process exited", str(error)) is not None
 
 
 def is_first() -> bool:

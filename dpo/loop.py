@@ -34,6 +34,7 @@ from dpo.models import router_coefficient
 from dpo.prepare import Run, checkpointed, note_files, plan_epoch, prepare, rest_of_stream, user_errors
 from dpo.reference import Reference, without_dropout
 from dpo.report import create_model_card
+from dpo.rows import first_line
 from dpo.sampling import generate_from_model_and_ref
 from dpo.stream import source_of, tell
 from dpo.windows import among_others, counted_pairs, look_ahead, mean_over_window, open_window
@@ -502,6 +503,10 @@ def main(argv: list[str] | None = None) -> None:
         run = train(args=parse_args(sys.argv[1:] if argv is None else argv))
     except (UserError, OSError) as error:  # a disk may be full, or gone, at any time
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if not distributed.is_of_another(error):
+            raise
+        sys.exit(f"error: another process has ended, whose own words say why: {first_line(error)}")
     except KeyboardInterrupt:  # before the first step; later ones are noted
         sys.exit(128 + signal.SIGINT)
     if distributed.is_first():

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import FAULTS, ROOT, make_model, make_rows, make_tokenizer, run, same, start, weights
+from conftest import FAULTS, ROOT, make_model, make_rows, make_tokenizer, read, run, same, start, weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -35,26 +35,47 @@ COMMAND = (
     "--model_name_or_path model --dataset_name rows.jsonl --num_train_epochs 8 --per_device_train_batch_size 4 "
     "--learning_rate 1e-3 --use_cpu --save_steps 2 --save_total_limit 3 --logging_steps 1 --resume_from_checkpoint true"
 ).split()
+WAYS = {"1 process": (1, []), "2 processes": (2, []), "2 in shards": (2, ["--fsdp", "full_shard"])}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model, rows, and what a run that nothing befell left, by one process and by two."""
     folder = tmp_path_factory.mktemp("faults")
-    make_model().save_pretrained(folder / "model")
-    make_tokenizer().save_pretrained(folder / "model")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(12)))
-    for processes in (1, 2):
-        run("dpo.loop", *COMMAND, "--output_dir", f"whole-{processes}", processes=processes, cwd=folder)
+    make_data(folder)
     return folder
 
 
-def launch(folder: Path, output_dir: str, processes: int) -> subprocess.Popen:
-    torchrun = ["torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m"] if processes > 1 else []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *torchrun, "dpo.loop", *COMMAND, "--output_dir", output_dir]
-    log = (folder / f"{output_dir}.log").open("w")
-    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=environment)
+def make_data(folder: Path) -> None:
+    """A model, and rows."""
+    make_model().save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(12)))
+
+
+def whole(folder: Path, way: str) -> Path:
+    """What a run that nothing befell left; it is made when it is first asked for."""
+    processes, options = WAYS[way]
+    output_dir = folder / f"whole {way}"
+    if not output_dir.exists():
+        run("dpo.loop", *COMMAND, *options, "--output_dir", output_dir.name, processes=processes, cwd=folder)
+    return output_dir
+
+
+def launch(
+    folder: Path, output_dir: str, way: str, *, fault: str = "", torchrun: str = "--standalone", **environment
+) -> subprocess.Popen:
+    """Starts a run; in shards its checkpoints are written while it goes on. torchrun: how its agents meet."""
+    processes, options = WAYS[way]
+    agent = ["torch.distributed.run", "--nproc_per_node", str(processes), *torchrun.split(), "-m"]
+    fault = fault or ("slow" if "--fsdp" in options else "")
+    module = ["faulty_runs", fault] if fault else ["dpo.loop"]
+    command = [sys.executable, "-m", *(agent if processes > 1 else []), *module]
+    path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    log = (folder / f"{output_dir}.log").open("a")
+    return subprocess.Popen(
+        [*command, *COMMAND, *options, "--output_dir", output_dir],
+        cwd=folder, stdout=log, stderr=log, env={**os.environ, **path, **environment},
+    )  # fmt: skip
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
@@ -67,13 +88,38 @@ def files_seen(output_dir: Path) -> list:
     return sorted((path.name, path.stat().st_mtime_ns) for path in output_dir.glob("[mr]*.*"))
 
 
-def kill(process: subprocess.Popen, processes: int) -> bool:
-    """Kills it, whatever it is at; whether it was still at something."""
-    is_alive = process.poll() is None
-    process.kill()
-    process.wait()
-    time.sleep(0.0 if processes == 1 else 3.0)  # torchrun's workers notice that it is gone, save, and leave
+def workers_of(agent: subprocess.Popen) -> list[int]:
+    """The processes that torchrun has started."""
+    path = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
+    return [int(pid) for pid in path.read_text().split()] if path.exists() else []
+
+
+def is_at_work(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def kill(process: subprocess.Popen, dice: random.Random | None = None) -> bool:
+    """Kills a process, whatever it is at; by the dice, of several one, or torchrun alone, or all. Whether it was still
+    at something; the others must notice, and leave."""
+    workers, is_alive = workers_of(process), process.poll() is None
+    everything = [process.pid, *workers]
+    some = dice.choice([[process.pid], everything, *([worker] for worker in workers)]) if dice else everything
+    for pid in some if is_alive else []:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    wait_until(lambda: not any(map(is_at_work, workers)))
     return is_alive
+
+
+def wait_until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def survived(kind: str, tries: int, failures: list) -> None:
@@ -81,65 +127,100 @@ def survived(kind: str, tries: int, failures: list) -> None:
     assert not failures
 
 
-def ends_as_if_nothing_had_happened(folder: Path, output_dir: str, processes: int) -> bool:
+def ends_as_if_nothing_had_happened(folder: Path, output_dir: str, way: str) -> bool:
     """The same command line again: the weights and the metrics are those of the run that nothing befell."""
-    run("dpo.loop", *COMMAND, "--output_dir", output_dir, processes=processes, cwd=folder)
-    whole, again = folder / f"whole-{processes}", folder / output_dir
-    steps, wanted = (
-        [json.loads(line)["step"] for line in (path / "metrics.jsonl").read_text().splitlines()]
-        for path in (again, whole)
+    processes, options = WAYS[way]
+    run("dpo.loop", *COMMAND, *options, "--output_dir", output_dir, processes=processes, cwd=folder)
+    return is_as(whole(folder, way), folder / output_dir)
+
+
+def is_as(whole: Path, again: Path) -> bool:
+    """Whether two finished runs have the same weights and, but for speeds, the same metrics; and nothing lies about."""
+    rows, wanted = (
+        [{k: v for k, v in row.items() if "per_second" not in k} for row in read(p)] for p in (again, whole)
     )
     is_same = same(load_file(whole / "model.safetensors"), load_file(again / "model.safetensors"))
     left = [path for path in again.iterdir() if path.name.endswith((".unfinished", ".finished"))]
-    return is_same and steps == wanted and not left and files.run_in(again)["status"] == "finished"
+    return is_same and rows == wanted and not left and files.run_in(again)["status"] == "finished"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("when", ["at a random moment", "while saving"])
-def test_kills(when, processes, folder, tries):
-    dice, failures, tried = random.Random(processes), [], 0
-    tries = tries if processes == 1 else max(1, tries // 4)
-    for number in range(tries):
-        output_dir = f"killed-{when.split()[-1]}-{processes}-{number}"
-        process = launch(folder, output_dir, processes)
+def test_kills(when, way, folder, tries):
+    dice, failures, tried = random.Random(way), [], 0
+    share = {"1 process": 1, "2 processes": 4, "2 in shards": 2}[way]
+    for number in range(max(1, tries // share)):
+        output_dir = f"killed {when.split()[-1]} {way} {number}"
+        process = launch(folder, output_dir, way)
         begun = folder / output_dir / ("metrics.jsonl" if number % 2 or when == "while saving" else "run.lock")
         wait_for(begun.exists, process)
         if when == "while saving":
             for _ in range(dice.randint(1, 6)):  # in one of the first saves, somewhere in its middle
                 wait_for(lambda path=folder / output_dir: list(path.glob("*.unfinished")), process)
-            time.sleep(dice.uniform(0, 0.03))
+            time.sleep(dice.uniform(0, 0.5 if "shards" in way else 0.03))
         else:
             time.sleep(dice.uniform(0, 1.5))
-        is_killed = kill(process, processes)
+        is_killed = kill(process, dice)
         if when == "at a random moment" and number % 4 == 3 and is_killed:  # and again, as it takes up its own files
             known = files_seen(folder / output_dir)
-            process = launch(folder, output_dir, processes)
+            process = launch(folder, output_dir, way)
             wait_for(lambda path=folder / output_dir, known=known: files_seen(path) != known, process)
             time.sleep(dice.uniform(0, 0.05))
-            kill(process, processes)
-        if not ends_as_if_nothing_had_happened(folder, output_dir, processes):
+            kill(process, dice)
+        if not ends_as_if_nothing_had_happened(folder, output_dir, way):
             failures.append(output_dir)
         shutil.rmtree(folder / output_dir)
         tried += is_killed  # else it had ended before
     assert tried
-    survived(f"killed {when}, {processes} process{'es' * (processes > 1)}", tried, failures)
+    survived(f"killed {when}, {way}", tried, failures)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_signals(processes, folder, tries):
-    failures, tried = [], [signal.SIGTERM, signal.SIGHUP, signal.SIGINT][: max(1, tries // 2)]
+@pytest.mark.parametrize("way", WAYS)
+def test_signals(way, folder, tries):
+    share, alone = (2, True) if way == "1 process" else (4, False)
+    failures, tried = [], [signal.SIGTERM, signal.SIGHUP, signal.SIGINT][: max(1, tries // share)]
     for number in tried:
-        output_dir = f"told-{number.name}-{processes}"
-        process = launch(folder, output_dir, processes)
+        output_dir = f"told {number.name} {way}"
+        process = launch(folder, output_dir, way)
         wait_for(lambda path=folder / output_dir / "metrics.jsonl": path.exists() and path.stat().st_size, process)
         process.send_signal(number)
         code, said = process.wait(timeout=120), (folder / f"{output_dir}.log").read_text()
         is_right = f"stopped by {number.name} after step " in said and "--resume_from_checkpoint true" in said
-        is_right &= bool(checkpoints(folder / output_dir)) and (processes > 1 or code == 128 + number)
-        is_right &= processes > 1 or "Traceback" not in said  # torchrun itself ends with one
-        if not (is_right and ends_as_if_nothing_had_happened(folder, output_dir, processes)):
+        is_right &= bool(checkpoints(folder / output_dir)) and (code == 128 + number or not alone)
+        is_right &= not alone or "Traceback" not in said  # torchrun itself ends with one
+        if not (is_right and ends_as_if_nothing_had_happened(folder, output_dir, way)):
             failures.append(output_dir)
-    survived(f"told to stop by a signal, {processes} process{'es' * (processes > 1)}", len(tried), failures)
+    survived(f"told to stop by a signal, {way}", len(tried), failures)
+
+
+@pytest.mark.parametrize("way", ["2 processes", "2 in shards"])
+def test_one_of_several_processes_fails(way, folder, tries):
+    """The others leave within seconds, in one line each; the one that failed says why."""
+    full = (
+        "checkpoint-4 could not be written: [Errno 28] No space left on device (process {}); the last good checkpoint"
+    )
+    own = "ZeroDivisionError: a callback's own"
+    faults = {"refused 1 3 slow": "error: row 7 is odd", "full 1 2 slow": full.format(1), "error 1 3": own}
+    faults |= {"full 0 2": full.format(0), "error 0 3 slow": own}
+    failures, tried = [], list(faults)[way == "2 in shards" :][: max(1, tries // 4)]
+    for fault in tried:
+        output_dir = f"failed {fault} {way}"
+        process = launch(folder, output_dir, way, fault=fault)
+        log = folder / f"{output_dir}.log"
+        wait_for(lambda log=log, fault=fault: faults[fault] in log.read_text(), process)
+        failed = time.monotonic()
+        code, seconds, said = process.wait(timeout=60), time.monotonic() - failed, log.read_text()
+        said = said.partition("torch/distributed/elastic/")[
+            0
+        ]  # by the processes, before torchrun says all that it does
+        is_right = code != 0 and seconds < 20 and faults[fault] in said
+        is_right &= said.count("Traceback") == fault.startswith("error")
+        good = checkpoints(folder / output_dir)
+        is_right &= all(files.problem_of(path) is None for path in good.values())
+        is_right &= "full" not in fault or (2 in good and not list((folder / output_dir).glob("*.unfinished")))
+        if not is_right:
+            failures.append((output_dir, code, seconds, said))
+    survived(f"one process fails, {way}", len(tried), failures)
 
 
 def test_damaged_checkpoints(tmp_path, tries, caplog):
@@ -165,11 +246,12 @@ def test_damaged_checkpoints(tmp_path, tries, caplog):
     survived("a checkpoint's bit flipped, file cut or deleted", tries, failures)
 
 
-def test_full_disk(tmp_path, tries):
+def test_full_disk(tmp_path, tries, monkeypatch):
     disk, failures, tries = tmp_path / "disk", [], min(tries, 5)
     disk.mkdir()
     for number in range(tries):
         size = 2_200_000 + 300_000 * number  # room for one or two checkpoints of the tiny model, and no third
+        monkeypatch.setattr("dpo.checkpoint.AT_ONCE", 0.0 if number % 2 else 2.0)  # while training goes on, or not
         if subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True
         ).returncode:

@@ -1,7 +1,9 @@
 """Stopping and going on: a resumed run ends as one that never stopped, and nothing of another run is mixed in."""
 
 import datetime
+import os
 import random
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from dpo import files
 from dpo.checkpoint import prune_checkpoints, save_model
 from dpo.data import prepare_dataset
-from dpo.distributed import World
+from dpo.distributed import World, noted_signals
 from dpo.models import load_model
 from dpo.sources import load_preferences
 
@@ -221,3 +223,13 @@ def test_a_template_that_writes_the_date_writes_that_of_the_run(tmp_path, monkey
         whole = start(tmp_path / "run", **options)
     again = start(tmp_path / "again", **options, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert curve(again) == curve(whole) and same(weights(again.model), weights(whole.model))
+
+
+def test_the_second_of_two_signals_that_come_together_does_not_end_a_run_between_two_epochs(monkeypatch):
+    """A worker gets one for each thread of its torchrun that ends."""
+    monkeypatch.setattr(signal, "raise_signal", lambda number: pytest.fail("it would have ended"))
+    noted = []
+    for _epoch in range(2):
+        with noted_signals(noted):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert noted == [signal.SIGTERM] * 2
