@@ -2,8 +2,10 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -97,9 +99,22 @@ def test_a_base_in_4_bits_has_the_bytes_that_bitsandbytes_gives_it(tmp_path):
     told = small(weights="nf4", rank=4)
     assert len(scales) == 7 * SMALL["layers"] and told["weights"] == base + told["gradients"]
     assert told["copies"] == 2 * 64 * 160  # the largest matrix, in bfloat16
-    for wrong in ({"rank": None}, {"rank": 4, "how": "fsdp"}):
-        with pytest.raises(ValueError, match="nf4 weights need an adapter"):
-            small(weights="nf4", **wrong)
+    with pytest.raises(ValueError, match="nf4 weights do not train"):
+        small(weights="nf4")
+
+
+def test_of_a_base_in_4_bits_each_device_has_its_share_but_all_of_the_scales():
+    matrices, norms = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160), 3 * 128
+    root, adapter = 2 * (2 * 400 * 64 + 64), small(rank=4)["gradients"]
+    one, four = (small(weights="nf4", rank=4, how="fsdp", devices=each, reference="cached") for each in (1, 4))
+    assert four["weights"] == (matrices / 2 + 2 * norms + root + adapter) / 4 + 4 * matrices / 64
+    assert one["weights"] == small(weights="nf4", rank=4)["weights"]
+    assert four["all_gathered"] == 2 * (matrices / 2 + 2 * norms + root + adapter)  # packed, and no scales
+    assert four["exchanged"] == 2 * (matrices / 2 + 2 * norms + adapter) / 3 + root + 2 * adapter / 3
+    assert four["reduce_scattered"] == adapter
+    in_bfloat16 = small(weights="nf4", rank=4, how="fsdp", devices=4, reference="cached", gathered_in="bfloat16")
+    assert in_bfloat16["all_gathered"] == four["all_gathered"] - adapter
+    assert [in_bfloat16[part] for part in PARTS[:5]] == [four[part] for part in PARTS[:5]]
 
 
 KEPT = [  # weights, compute, rank, what to train with
@@ -168,24 +183,29 @@ def test_flops_are_the_useful_ones_without_attention_and_with_what_is_worked_out
 def test_bytes_sent_by_hand():
     """Rings of 4: an all-reduce sends each byte 2·3/4 times, an all-gather and a reduce-scatter 3/4 times."""
     own = 4 * (3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160 + 128) + 2 * 400 * 64 + 64)
-    blocks, root = own - 4 * (2 * 400 * 64 + 64), 4 * (2 * 400 * 64 + 64)
     assert small(devices=4)["sent"] == small(devices=4, micro_batches=5)["sent"] == 1.5 * own
-    assert small(how="fsdp", devices=4)["sent"] == 0.75 * (3 * blocks + root + own)
-    assert small(how="fsdp", devices=4, reference="cached")["sent"] == 0.75 * (2 * blocks + root + own)
-    assert small(how="fsdp", devices=4, gathered_in="bfloat16", micro_batches=2)["sent"] == 0.75 * 2 * (
-        1.5 * blocks + 0.5 * root + own
-    )
+    assert small(how="fsdp", devices=4)["sent"] == 0.75 * (3 * own + own)
+    assert small(how="fsdp", devices=4, reference="cached")["sent"] == 0.75 * (2 * own + own)
+    half = {"how": "fsdp", "devices": 4, "gathered_in": "bfloat16"}  # and summed in float32, whatever is kept
+    assert small(**half, micro_batches=2)["sent"] == 0.75 * 2 * (1.5 * own + own)
+    assert small(**half, weights="bfloat16")["sent"] == small(**half)["sent"]
     assert small()["sent"] == small(how="fsdp")["sent"] == 0
 
 
 def test_bytes_exchanged_by_hand():
-    """DDP's buckets; of FSDP two blocks and the root, with their gradients. A live reference's root stays gathered."""
+    """DDP's buckets; of FSDP two blocks and the root, with the gradients of the root and of two blocks, of which one's
+    are in the dtype that they are summed in. A live reference adds nothing: its root is not there with the policy's."""
     root = 4 * (2 * 400 * 64 + 64)
     own = small()["weights"]
     block = (own - root) / 3
     assert small(devices=4)["exchanged"] == own and small()["exchanged"] == 0
     assert small(how="fsdp", devices=4)["exchanged"] == 2 * (2 * block + root)
-    assert small(how="fsdp", devices=4)["reference"] == own / 4 + root
+    half = small(how="fsdp", devices=4, gathered_in="bfloat16")
+    assert half["exchanged"] == 2 * block / 2 + root / 2 + root / 2 + block / 2 + block
+    for options in ({}, {"gathered_in": "bfloat16"}):
+        live, cached = (small(how="fsdp", devices=4, reference=each, **options) for each in ("live", "cached"))
+        assert live["exchanged"] == cached["exchanged"]
+        assert live["reference"] == own / 4 and cached["reference"] == 0
     adapter = small(rank=4)["gradients"] / 3
     assert small(how="fsdp", devices=4, rank=4)["exchanged"] == 2 * (block + adapter) + root + 2 * adapter
 
@@ -204,13 +224,13 @@ models = st.fixed_dictionaries({
     "micro_batches": st.integers(1, 8),
     "logits_budget": st.sampled_from((0.1, 4.0)),
 })  # fmt: skip
+PRECISIONS = [("float32", None), ("bfloat16", None), ("float32", 8), ("bfloat16", 8), ("nf4", 8)]  # weights, rank
 options = st.fixed_dictionaries({
     "how": st.sampled_from(("ddp", "fsdp")),
-    "weights": st.sampled_from(("float32", "bfloat16")),
-    "rank": st.sampled_from((None, 8)),
+    "precision": st.sampled_from(PRECISIONS),
     "reference": st.sampled_from(("live", "cached")),
     "checkpointing": st.booleans(),
-})  # fmt: skip
+}).map(lambda each: each | dict(zip(("weights", "rank"), each.pop("precision"), strict=True)))  # fmt: skip
 
 
 @given(models, options, st.integers(1, 200), st.integers(1, 200))
@@ -222,7 +242,8 @@ def test_what_stays_never_grows_with_the_devices(model, options, some, more):
 
 @given(models, options, st.sampled_from((2, 4, 8, 16, 32)))
 def test_twice_the_devices_take_no_more_of_each_and_send_no_less(model, options, devices):
-    options = options | {"rank": None}  # an adapter's few rows are evened out: twice the devices gather more of nothing
+    if options["rank"]:  # an adapter's few rows are evened out: twice the devices gather more of nothing
+        options = options | {"rank": None, "weights": "bfloat16"}
     some, more = (plan(**model, **options, devices=each) for each in (devices, 2 * devices))
     assert more["total"] <= some["total"] and more["sent"] >= some["sent"]
     assert (more["total"] < some["total"]) == (options["how"] == "fsdp")
@@ -239,7 +260,7 @@ def test_each_remedy_helps(model, options, devices):
     assert (cached["total"] < live["total"]) == (options["rank"] is None)
     whole, again = told(checkpointing=False), told(checkpointing=True)
     assert again["total"] < whole["total"] and again["flops"] > whole["flops"] and again["sent"] == whole["sent"]
-    everything, adapter = told(rank=None, how="ddp"), told(rank=8, how="ddp")
+    everything, adapter = told(rank=None, weights="float32", how="ddp"), told(rank=8, how="ddp")
     assert adapter["gradients"] < everything["gradients"] and adapter["sent"] <= everything["sent"]
     few, many = told(logits_budget=0.1), told(logits_budget=1.0)
     assert few["passing"] <= many["passing"]
@@ -253,9 +274,9 @@ def test_the_table_of_the_rendered_copy_is_what_the_function_gives():
     """Of some cells, worked out here with the changes that they name."""
     copy = (ROOT / "tutorials" / "rendered" / f"{NAME}.md").read_text()
     of_pairs, model = {"tokens": 4096, "kept": 2048}, TUTORIAL["MODELS"]
-    line = next(line for line in copy.splitlines() if line.strip().startswith("Llama 3 70B LoRA, FSDP "))
-    for devices, cell in ((8, 0), (64, 1)):
-        options = {**of_pairs, "rank": 16, "weights": "bfloat16", "how": "fsdp", "devices": devices}
+    for (layout, weights), (devices, cell) in product((("LoRA", "bfloat16"), ("QLoRA", "nf4")), ((8, 0), (64, 1))):
+        line = next(line for line in copy.splitlines() if line.strip().startswith(f"Llama 3 70B {layout}, FSDP "))
+        options = {**of_pairs, "rank": 16, "weights": weights, "how": "fsdp", "devices": devices}
         before, after = (plan(**model["Llama 3 70B"], **options, checkpointing=each)["total"] for each in (False, True))
         words = f"{before / 2**30:.1f} → {after / 2**30:.1f} c"
         assert words in line and line.index(words) > 40 * cell and before > 70 * 2**30 > after
@@ -279,7 +300,7 @@ def test_the_plan_is_what_four_processes_keep_and_send():
         usual = {"tokens": 32, "kept": 32, "devices": 4, "compute": "float32", "reference": "cached"}
         told = plan(**model, **usual | options)
         assert [told[column] for column in columns] == sizes, name
-    assert len(cases) == 12
+    assert len(cases) == 16
 
 
 @pytest.mark.slow
@@ -291,6 +312,46 @@ def test_four_processes_keep_and_send_what_the_tutorial_says():
     cases, _, columns = measured()
     counted = {name: [sizes[column] for column in columns] for name, sizes in ast.literal_eval(done.stdout).items()}
     assert counted == {name: sizes for name, (_, sizes) in cases.items()}
+
+
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # what is free, at once
+
+
+@pytest.fixture(scope="module")
+def peaks() -> dict[int, dict[str, list[dict[str, int]]]]:
+    """What the script says of runs in one process and in four: of each process the peak of each phase."""
+    script, found = str(ROOT / "tests" / "benchmarks" / "plan.py"), {}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **GIVE_BACK}
+    for processes in (1, 4):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [sys.executable, *(torchrun if processes > 1 else ()), script, "--peaks"]
+        done = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        found[processes] = ast.literal_eval(done.stdout)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "checkpoint"])
+def test_each_of_four_processes_keeps_at_most_two_fifths_of_what_one_does(peaks, kind):
+    """From the loading by name on; but for the whole model that the first one has for the export, and no more."""
+    (one,), four = (peaks[each][kind] for each in (1, 4))
+    assert one.keys() == {"loading", "training", "export", *(["checkpoint"] if kind == "checkpoint" else [])}
+    most = max(one.values())
+    for rank, own in enumerate(four):
+        exported = own.pop("export")
+        assert max(own.values()) < 0.4 * most, own
+        assert exported < (0.4 if rank else 0.43) * most, exported
+
+
+@pytest.mark.slow
+def test_a_peak_in_shards_is_as_planned(peaks):
+    model = {"layers": 16, "hidden": 512, "intermediate": 1376, "heads": 8, "kv_heads": 4, "vocabulary": 4096}
+    of_batch = {"tokens": 34, "kept": 18, "compute": "float32"}
+    for processes in (1, 4):
+        told = plan(**model, **of_batch, how="fsdp" if processes > 1 else "ddp", devices=processes)["total"]
+        for own in peaks[processes]["plain"]:
+            assert 0.9 < told / own["training"] < 1.1, (processes, told, own)
 
 
 PEAKS = {  # of a run of dpo.loop
@@ -325,8 +386,7 @@ def main(kind: str, output_dir: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", PEAKS)
 def test_a_runs_peak_is_as_planned(kind, tmp_path):
-    give_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # what is free, at once
-    done = run("test_plan", kind, str(tmp_path), cwd=Path(__file__).parent, env=give_back)
+    done = run("test_plan", kind, str(tmp_path), cwd=Path(__file__).parent, env=GIVE_BACK)
     told = json.loads(done.stdout.splitlines()[-1])
     assert 0.9 < told["total"] / told["measured"] < 1.1, told
 

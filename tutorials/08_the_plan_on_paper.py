@@ -126,7 +126,8 @@ for name, model in MODELS.items():
 # - **QLoRA** (`--use_peft --load_in_4bit`): the base's matrices in 4 bits, nf4, with a float32 scale for every 64
 #   numbers: $\frac12 + \frac4{64} = 0.5625$ bytes a number. Norms, table and head stay in 16 bits. (Dettmers et al.
 #   2023, who quantise the scales once more, to 0.516.)
-# - **Sharding** (`--fsdp full_shard`): of all that stays, each of n devices keeps one n-th.
+# - **Sharding** (`--fsdp full_shard`): of all that stays, each of n devices keeps one n-th. Of a base in 4 bits the
+#   packed numbers are cut, but the scales are no parameters: every device keeps all of them, 0.0625 bytes a number.
 #
 # DDP, the other way to use n devices, divides none of it: each device has everything and reads other pairs. It even
 # adds the *buckets* in which gradients travel, once more the gradient's size.
@@ -155,25 +156,33 @@ for name, model in MODELS.items():
 #
 # **Exchanged.** FSDP cuts each parameter by its rows. To compute, a block needs its whole weights: all devices gather
 # them, use them and let them go. While one block computes the next is being gathered, so that two are there, and in the
-# backward pass their gradients too, before these are summed and cut. What is outside the blocks, the *root*, stays
-# whole from its first use in the forward pass to its last in the backward pass. Of a live reference, which has no
-# backward pass, it stays whole for good. (DDP's buckets are under "exchanged" as well.)
+# backward pass gradients too: one block's as it computes them, and the one's before it in the dtype in which they are
+# just being summed and cut. What is outside the blocks, the *root*, is gathered and let go in the same way. But all the
+# blocks lie between its table and its head: it is whole during a whole forward pass, and again, with its gradients,
+# during a whole backward pass. Policy and live reference take turns, so there is one such root at a time. (DDP's
+# buckets are under "exchanged" as well.)
 #
 # **Sent.** Collectives go around in a ring of n devices. In an all-gather or a reduce-scatter of B bytes (all devices'
 # parts together) each device sends $\frac{n-1}{n} B$; an all-reduce is one after the other, $2\,\frac{n-1}{n} B$. With
-# $N$ parameters in float32, of which $N_b$ are in blocks and $N_r$ in the root, and with $g$ bytes for each that is
-# gathered, an optimizer step of $s$ micro-batches sends
+# $N$ parameters in float32, and with $g$ bytes for each that is gathered, an optimizer step of $s$ micro-batches sends
 #
 # $$\text{DDP: } 2\,\frac{n-1}{n}\, 4N \qquad
-# \text{FSDP: } s\, \frac{n-1}{n} \left[(2 \text{ or } 3)\, g N_b + g N_r + 4N\right]$$
+# \text{FSDP: } s\, \frac{n-1}{n} \left[(2 \text{ or } 3)\, g N + 4N\right]$$
 #
-# Blocks are gathered for the forward and again for the backward pass, and a third time for a live reference. With an
-# adapter the last $4N$ counts the adapter alone; the gathered bytes do not shrink.
+# Everything is gathered for the forward and again for the backward pass, and a third time for a live reference. $g$ is
+# 4; 2 with `--bf16`, which under `--fsdp` gathers in bfloat16 and sums gradients in float32. With an adapter the last
+# $4N$ counts the adapter alone; the gathered bytes do not shrink, but for a base in 4 bits, which travels packed.
+#
+# **Loaded and saved.** From safetensors files that have the weights as the model does each process reads its own rows:
+# nobody ever holds more than a shard. From others every process loads all of it, into the host's memory, and keeps its
+# share; a base that is put into 4 bits likewise, on its own device (70B are some 40 GiB there until they are cut). A
+# checkpoint is written while training goes on, from copies in the host's memory: each process has one of its shards of
+# what trains, weights and moments, 12 bytes a parameter divided by n, and the first process one of the whole model
+# besides, 4 bytes a parameter, for the files that everybody can load. For the export at the end it has that once more.
 
 
 # %%
 BYTES = {"float32": 4, "bfloat16": 2}
-NF4 = 0.5 + 4 / 64  # bytes of a number: 4 bits, and a float32 for every 64
 
 KEPT = {  # (weights, computes, adapter): bytes that a block keeps of a token for each of h, k, m, r
     ("float32", "float32", None): (36, 16, 16, 0),
@@ -215,13 +224,13 @@ def plan(
     Args: the model's configuration; tokens that one micro-batch of one device reads, and positions kept of it for the
     head; micro_batches of an optimizer step; how, "ddp" or "fsdp" (every block, then the root; gradients are summed
     after each micro-batch); weights, "float32", "bfloat16" or, under an adapter, "nf4" (all else in compute);
-    compute, of the matrix products; gathered_in, the dtype of FSDP's mixed precision, None to gather as kept; rank of
-    the adapter, None to train all; reference, "live" or "cached"; logits_budget in GiB.
+    compute, of the matrix products; gathered_in, the dtype of FSDP's mixed precision (which sums in float32), None to
+    gather and sum as kept; rank of the adapter, None to train all; reference, "live" or "cached"; logits_budget in GiB.
     Returns: PARTS and their sum "total"; the buffers of collectives, "all_gathered", "reduce_scattered",
     "all_reduced"; "sent", what a device sends of them when they go around in a ring; "flops", attention's left out.
     """
-    if weights == "nf4" and (rank is None or how == "fsdp"):
-        raise ValueError("nf4 weights need an adapter, and each device keeps them whole: give a rank, and how='ddp'")
+    if weights == "nf4" and rank is None:
+        raise ValueError("nf4 weights do not train, only an adapter on them does: give a rank")
     n = devices if how == "fsdp" else 1
     block = block_shapes(hidden=hidden, intermediate=intermediate, heads=heads, kv_heads=kv_heads, qkv_bias=qkv_bias)
     outer = outer_shapes(hidden=hidden, vocabulary=vocabulary, tied=tied)
@@ -231,25 +240,30 @@ def plan(
     of_adapter = gathered_in or "float32"
     is_autocast = seen != compute
 
-    # What stays. Of an adapter PEFT keeps float32.
+    # What stays. Of an adapter PEFT keeps float32; of 4 bits each device has its share, but all of the scales.
     size = BYTES[compute if weights == "nf4" else weights]
-    base = size * (layers * numbers(block, n) + numbers(outer, n))
-    if weights == "nf4":
-        base -= (size - NF4) * layers * numbers(matrices)
+    plain = {name: shape for name, shape in block.items() if weights != "nf4" or name not in matrices}
+    packed = {name: (rows * columns // 2,) for name, (rows, columns) in matrices.items() if weights == "nf4"}  # bytes
+    scales = 4 * numbers(matrices) // 64 if weights == "nf4" else 0
+    base = size * (layers * numbers(plain, n) + numbers(outer, n)) + layers * (numbers(packed, n) + scales)
     own = 4 * layers * numbers(adapter, n)
     trained = own if rank else base
 
     # What is exchanged: of DDP the buckets; FSDP gathers two blocks and the root whole, with the rows that even out the
-    # shards, and has their gradients before they are summed.
-    whole_block = n * (BYTES[seen] * numbers(block, n) + BYTES[of_adapter] * numbers(adapter, n))
+    # shards. Of gradients there are the root's, a block's, and another's that are being summed.
+    of_block = BYTES[seen] * numbers(plain, n) + BYTES[of_adapter] * numbers(adapter, n)
+    whole_block = n * (numbers(packed, n) + of_block)
     whole_outer = n * BYTES[seen] * numbers(outer, n)
-    their_gradients = 2 * n * BYTES[of_adapter] * numbers(adapter, n) if rank else 2 * whole_block + whole_outer
+    summed_in = 4 if rank or gathered_in else size
+    trained_block, trained_outer = (adapter, {}) if rank else (block, outer)
+    computed_in = BYTES[of_adapter if rank else seen]
     exchanged = trained if devices > 1 else 0
     if how == "fsdp":
-        exchanged = 2 * whole_block + whole_outer + their_gradients
+        exchanged = 2 * whole_block + whole_outer + n * computed_in * numbers(trained_outer, n)
+        exchanged += n * (computed_in + summed_in) * numbers(trained_block, n)
 
     is_live = reference == "live"
-    second = base + (whole_outer if how == "fsdp" else 0) if is_live and not rank else 0
+    second = base if is_live and not rank else 0
 
     # Autocast's copies of weights, until the end of the forward pass at least; of frozen ones a block's, if that is
     # worked out again. 4 bits become a matrix at a time.
@@ -271,13 +285,13 @@ def plan(
     chunk = min(kept, max(1, int(logits_budget * GIB / (4 * vocabulary))))
     passing = max(3 * 4 * vocabulary * chunk, one_block)
 
-    # What travels. A backward pass gathers the blocks anew, not the root; so does a live reference's forward pass.
+    # What travels: all is gathered for a forward pass and anew for a backward pass.
     all_gathered = reduce_scattered = all_reduced = 0
     if how == "fsdp":
-        passes = 3 if is_live else 2  # through the blocks
-        all_gathered = micro_batches * (passes * layers * whole_block + whole_outer)
-        summed = layers * numbers(adapter, n) if rank else layers * numbers(block, n) + numbers(outer, n)
-        reduce_scattered = micro_batches * n * summed * (4 if rank else size)
+        passes = 3 if is_live else 2
+        all_gathered = micro_batches * passes * (layers * whole_block + whole_outer)
+        summed = layers * numbers(trained_block, n) + numbers(trained_outer, n)
+        reduce_scattered = micro_batches * n * summed * summed_in
     elif devices > 1:
         all_reduced = trained
     sent = (all_gathered + reduce_scattered + 2 * all_reduced) * (devices - 1) / devices
@@ -351,8 +365,9 @@ for checkpointing in (False, True):
 
 # %% [markdown]
 # Then on four processes. `torchrun --standalone --nproc_per_node 4 tests/benchmarks/plan.py` trains a model of 29
-# million parameters, laid out by DDP and by FSDP. It writes down what the process with the most of it keeps, and the
-# bytes of every buffer that reaches PyTorch's collectives in an optimizer step (of a gathered block, the whole of it).
+# million parameters, laid out by DDP and, with this project's own `dpo/sharding.py`, by FSDP. It writes down what the
+# process with the most of it keeps, and the bytes of every buffer that reaches PyTorch's collectives in an optimizer
+# step (of a gathered block, the whole of it).
 # These are its numbers, and `plan` says the same: nothing here is an estimate. (Rank 6 is chosen to be awkward: six
 # rows among four devices become 2, 2, 2 and 0, and travel as eight.)
 
@@ -363,35 +378,52 @@ MEASURED = {  # its options, and the bytes in the order of COLUMNS
     "DDP": ({}, 113526784, 0, 113526784, 227053568, 0, 0, 113526784),
     "DDP, autocast": ({"compute": "bfloat16"}, 113526784, 39976960, 113526784, 227053568, 0, 0, 113526784),
     "DDP, LoRA": ({"rank": 6}, 114414592, 0, 887808, 1775616, 0, 0, 887808),
-    "FSDP": ({"how": "fsdp"}, 28381696, 0, 28381696, 56763392, 159942656, 113526784, 0),
+    "DDP, QLoRA": (
+        {"rank": 6, "weights": "nf4", "compute": "bfloat16"},
+        40976384, 1409024, 887808, 1775616, 0, 0, 887808,
+    ),
+    "FSDP": ({"how": "fsdp"}, 28381696, 0, 28381696, 56763392, 227053568, 113526784, 0),
     "FSDP, two micro-batches": (
         {"how": "fsdp", "micro_batches": 2},
-        28381696, 0, 28381696, 56763392, 319885312, 227053568, 0,
+        28381696, 0, 28381696, 56763392, 454107136, 227053568, 0,
     ),
     "FSDP, checkpointing": (
         {"how": "fsdp", "checkpointing": True},
-        28381696, 0, 28381696, 56763392, 159942656, 113526784, 0,
+        28381696, 0, 28381696, 56763392, 227053568, 113526784, 0,
     ),
     "FSDP, live reference": (
         {"how": "fsdp", "reference": "live"},
-        28381696, 0, 28381696, 56763392, 206358528, 113526784, 0,
+        28381696, 0, 28381696, 56763392, 340580352, 113526784, 0,
     ),
     "FSDP, autocast": (
         {"how": "fsdp", "compute": "bfloat16"},
-        28381696, 39976960, 28381696, 56763392, 159942656, 113526784, 0,
+        28381696, 39976960, 28381696, 56763392, 227053568, 113526784, 0,
     ),
     "FSDP, gathered in bfloat16": (
         {"how": "fsdp", "compute": "bfloat16", "gathered_in": "bfloat16"},
-        28381696, 0, 28381696, 56763392, 79971328, 113526784, 0,
+        28381696, 0, 28381696, 56763392, 113526784, 113526784, 0,
     ),
-    "FSDP, LoRA": ({"how": "fsdp", "rank": 6}, 28639232, 0, 257536, 515072, 162002944, 1030144, 0),
+    "FSDP, all in bfloat16": (
+        {"how": "fsdp", "weights": "bfloat16", "compute": "bfloat16", "gathered_in": "bfloat16"},
+        14190848, 0, 14190848, 28381696, 113526784, 113526784, 0,
+    ),
+    "FSDP, LoRA": ({"how": "fsdp", "rank": 6}, 28639232, 0, 257536, 515072, 229113856, 1030144, 0),
     "FSDP, LoRA, live reference": (
         {"how": "fsdp", "rank": 6, "reference": "live"},
-        28639232, 0, 257536, 515072, 209448960, 1030144, 0,
+        28639232, 0, 257536, 515072, 343670784, 1030144, 0,
     ),
     "FSDP, LoRA, bfloat16 base": (
         {"how": "fsdp", "rank": 6, "weights": "bfloat16", "compute": "bfloat16"},
-        14448384, 0, 257536, 515072, 82031616, 1030144, 0,
+        14448384, 0, 257536, 515072, 115587072, 1030144, 0,
+    ),
+    "FSDP, QLoRA": (
+        {"how": "fsdp", "rank": 6, "weights": "nf4", "compute": "bfloat16"},
+        10823424, 1409024, 257536, 515072, 80787456, 1030144, 0,
+    ),
+    "FSDP, QLoRA, bf16, live": (
+        {"how": "fsdp", "rank": 6, "weights": "nf4", "compute": "bfloat16",
+         "gathered_in": "bfloat16", "reference": "live"},
+        10823424, 1409024, 257536, 515072, 119635968, 1030144, 0,
     ),
 }  # fmt: skip
 print(f"{'':27}" + "".join(f"{column.split('_')[-1]:>13}" for column in COLUMNS))
@@ -403,14 +435,22 @@ for name, (options, *sizes) in MEASURED.items():
 print("all equal")
 
 # %% [markdown]
-# FSDP's pattern can be read off the numbers. Its blocks are gathered twice (thrice with a live reference), its root
-# once; gradients are summed after each micro-batch, in the weights' own dtype. Under LoRA the sums almost vanish, but
-# the frozen base travels as before: with an adapter DDP sends next to nothing, and FSDP is for models that do not fit
-# otherwise.
+# FSDP's pattern can be read off the numbers. All weights are gathered twice (thrice with a live reference); gradients
+# are summed after each micro-batch, in the weights' own dtype or, where they were gathered in bfloat16, in float32.
+# Under LoRA the sums almost vanish, but the frozen base travels as before: with an adapter DDP sends next to nothing,
+# and FSDP is for models that do not fit otherwise. A base in 4 bits travels packed, and becomes matrices where they are
+# needed.
 #
 # And see the copies under *FSDP, autocast*. The weights are sharded, but autograd keeps the 16-bit copies that autocast
-# made of the gathered ones, *whole*, on every device: 139 GB for Llama 3 70B. FSDP's own mixed precision
-# gathers in bfloat16 instead, has no copies, and sends half. From here on FSDP means that.
+# made of the gathered ones, *whole*, on every device: 139 GB for Llama 3 70B. So `--fsdp full_shard --bf16` gathers in
+# bfloat16 instead (FSDP's own mixed precision): there are no copies, and half as much is gathered. From here on FSDP
+# means that.
+#
+# And a whole run? With `--peaks` the script trains 50 million parameters in float32 and writes down the peak of each
+# process's memory: from the loading by name to the export, with a live reference. `plan` says 1,037 MB for one process
+# and 358 MB for each of four; measured were some 1,090 and 345, less than a third. More is there only while the model
+# is saved: for the export 440 MB in the first process, which then has the whole model; and 575 MB in the first and 425
+# MB in the others while a checkpoint is being written (1,685 MB in the one process).
 #
 # ## 5. Where each byte goes
 #
@@ -426,6 +466,7 @@ LAYOUTS = {
     "LoRA, DDP": {"rank": 16, "weights": "bfloat16"},
     "LoRA, FSDP": {"rank": 16, "weights": "bfloat16", "how": "fsdp"},
     "QLoRA, DDP": {"rank": 16, "weights": "nf4"},
+    "QLoRA, FSDP": {"rank": 16, "weights": "nf4", "how": "fsdp"},
 }
 SHOWN = ("Qwen2 0.5B", "Qwen2 7B", "Llama 3 70B")
 seven = plan(**MODELS["Qwen2 7B"], **of_pairs)
@@ -514,7 +555,8 @@ for name in SHOWN:
 # price of sending them over the slower bus); more devices. More devices never help DDP: its column on 64 is that on 8.
 #
 # So one GPU trains all of 0.5B; of 7B an adapter or, barely and as bfloat16 allows, the whole; of 70B an adapter on 4
-# bits. Eight train all of 7B in float32, and an adapter of 70B in 16 bits. All of 70B in float32 is for 64.
+# bits. Eight train all of 7B in float32, and an adapter of 70B in 16 bits. All of 70B in float32 is for 64. (There
+# QLoRA takes more of each device than LoRA in 16 bits: the scales, whole everywhere, are most of what it keeps.)
 #
 # ## 7. How long they wait for each other
 #
@@ -534,7 +576,7 @@ def seconds(
 
 print(f"{'a step of four micro-batches':33}{'sends':>12}{'computes':>12}{'NVLink':>12}{'network':>12}")
 for name in SHOWN:
-    for layout in ("all weights, DDP", "all weights, FSDP", "LoRA, DDP", "LoRA, FSDP"):
+    for layout in ("all weights, DDP", "all weights, FSDP", "LoRA, DDP", "LoRA, FSDP", "QLoRA, FSDP"):
         told = plan(**MODELS[name], **of_pairs, **LAYOUTS[layout], devices=8, micro_batches=4, checkpointing=True)
         computes, inside = seconds(told, link=450 * GB)
         _, between = seconds(told, link=50 * GB)
@@ -555,7 +597,8 @@ for name in SHOWN:
 #   them, and a GPU's attention may keep a copy more or less.
 # - To a tenth: the whole peak, which `tests/test_plan.py` compares with what training runs took on a CPU. What is
 #   there at the same moment is a question of timing; here all but logits and a block's work are added up.
-# - By arithmetic alone: what FSDP has gathered at a time, and all that is specific to a GPU.
+# - By arithmetic alone: what FSDP has gathered at a time (but for the sum, in that run of four), and all that is
+#   specific to a GPU.
 # - Not counted: attention's FLOPs (little below some thousand tokens), buffers of libraries, a model in another style
 #   than Llama's (the program's summary before training predicts from the model itself: `dpo/costs.py`).
 #
@@ -567,8 +610,8 @@ for name in SHOWN:
 #    run on one device, before any activation? (Parameters × bytes, by hand.)
 # 2. Llama 3 70B, all weights, FSDP as above, with checkpointing and a cached reference: on how many devices, a power of
 #    two, does it begin to fit?
-# 3. Per parameter of a *block*, how many times as many bytes does FSDP (gathering in bfloat16, live reference, one
-#    micro-batch) send as DDP in float32?
+# 3. Per parameter, how many times as many bytes does FSDP (gathering in bfloat16, live reference, one micro-batch) send
+#    as DDP in float32?
 
 # %%
 mine = {"1": None, "2": None, "3": None}
@@ -577,7 +620,7 @@ llama = plan(**MODELS["Llama 2 7B"], **of_pairs)
 checked = {"1": sum(llama[part] for part in ("weights", "gradients", "optimizer", "reference")) / GIB}
 largest = {**MODELS["Llama 3 70B"], **of_pairs, **LAYOUTS["all weights, FSDP"], **CHANGES["c"], **CHANGES["r"]}
 checked["2"] = next(n for n in (2**power for power in range(20)) if plan(**largest, devices=n)["total"] < FITS)
-blocks = {**MODELS["Llama 2 7B"], **of_pairs, "vocabulary": 1, "devices": 8}
-checked["3"] = plan(**blocks, **LAYOUTS["all weights, FSDP"])["sent"] / plan(**blocks)["sent"]
+eight = {**MODELS["Llama 2 7B"], **of_pairs, "devices": 8}
+checked["3"] = plan(**eight, **LAYOUTS["all weights, FSDP"])["sent"] / plan(**eight)["sent"]
 for question, answer in mine.items():
     print(f"exercise {question}:", "yet to do" if answer is None else abs(answer / checked[question] - 1) < 0.01)
