@@ -11,6 +11,11 @@ from transformers.utils import find_adapter_config_file
 
 from dpo.rows import first_line
 
+# Options of LoRA that leave its start to random numbers and zeros.
+STARTS_ANEW = """r lora_alpha lora_dropout target_modules exclude_modules modules_to_save use_rslora bias task_type
+layers_to_transform layers_pattern rank_pattern alpha_pattern fan_in_fan_out init_lora_weights peft_type peft_version
+base_model_name_or_path revision inference_mode auto_mapping"""
+
 
 def adapter_base(name: str, revision: str = "main") -> str | None:
     """The base model of a Hub name or directory that holds a PEFT adapter; None for any other name."""
@@ -91,8 +96,11 @@ def starts_from_base(peft_config) -> bool:
     out of the base's weights: PiSSA and its like, DoRA, what is no LoRA."""
     if peft_config is None:
         return False
-    config = peft_config if isinstance(peft_config, dict) else {"init_lora_weights": None, **peft_config.to_dict()}
-    return config.get("init_lora_weights", True) not in (True, False, "gaussian") or bool(config.get("use_dora"))
+    config = LoraConfig(**peft_config) if isinstance(peft_config, dict) else peft_config
+    if type(config) is not LoraConfig or config.init_lora_weights not in (True, False, "gaussian"):
+        return True
+    usual, own = LoraConfig().to_dict(), config.to_dict()
+    return any(own[name] != usual[name] for name in own.keys() - STARTS_ANEW.split())
 
 
 def check_adapter_name(model: torch.nn.Module, name: str | None) -> None:

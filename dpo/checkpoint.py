@@ -17,13 +17,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from peft import PeftModel
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from dpo import files
 from dpo.distributed import World, barrier, by_first, gather_lists, group_of_threads, unwrap
 from dpo.models import not_finite
 from dpo.rows import first_line
-from dpo.sharding import gather
+from dpo.sharding import gather, is_sharded
 
 logger = logging.getLogger("dpo")
 # A run of one process has no group: that is no news.
@@ -77,15 +77,20 @@ def save_model(directory: Path, world: World, model: torch.nn.Module, processing
 def exported(model: torch.nn.Module, world: World, *, copy: bool) -> dict[str, torch.Tensor]:
     """The weights that `write_model` writes, whole, in the first process; all have to ask. Of a model with an adapter
     those that train, and the embeddings, which may have grown. Raises: ValueError as `save_model` does."""
-    if broken := not_finite(model):
-        raise ValueError(f"the weights of {broken} are not finite: lower learning_rate")
+    if broken := [name for name in gather_lists([not_finite(model)], world) if name]:
+        raise ValueError(f"the weights of {broken[0]} are not finite: lower learning_rate")
     own = unwrap(model)
     if not isinstance(model, PeftModel):
         named = own.state_dict(keep_vars=True)
     else:
         layers = (own.get_input_embeddings(), own.get_output_embeddings())
         tables = {id(p) for layer in layers if layer is not None for p in layer.parameters()}
-        named = {name: p for name, p in own.named_parameters() if p.requires_grad or id(p) in tables}
+        named = {
+            name: value
+            for name, value in own.state_dict(keep_vars=True).items()
+            if isinstance(value, torch.Tensor)
+            and (value.requires_grad or id(value) in tables or own.active_adapter in name.split("."))
+        }
     return gather(named, keep=world.rank == 0, copy=copy)
 
 
@@ -116,6 +121,7 @@ class Saving:
 
     directory: Path
     written: Future
+    best: int | None  # the step of the best model as this one knows it
 
 
 def begin_checkpoint(
@@ -140,10 +146,14 @@ def begin_checkpoint(
     """
     weights, own = exported(model, world, copy=True), {"state": state.state_dict(), "random": _random_states()}
     tensors, small = to_go_on(model, optimizer, reference)
+    if only_model:
+        tensors = {"model": tensors["model"]}
+    if world.rank > 0 and not is_sharded(model):  # all have the same: the first one's copy will do
+        tensors = {}
     unfinished = by_first(lambda: files.begin_aside(directory), world)
     small = {"optimizer": small, "same_run": same_run, "ranks": gather_lists([own], world)}
     small |= {key: each.state_dict() for key, each in plain.items()}
-    shards = dcp.async_save({"model": tensors["model"]} if only_model else tensors, **_at(unfinished, world))
+    shards = dcp.async_save(tensors, **_at(unfinished, world))
 
     def finish() -> None:
         try:
@@ -155,7 +165,8 @@ def begin_checkpoint(
         shards.result()
         files.end_aside(unfinished, directory)
 
-    saving = Saving(directory, in_background(finish) if world.rank == 0 else shards)
+    best = state.best and state.best["step"]
+    saving = Saving(directory, in_background(finish) if world.rank == 0 else shards, best)
     if world.rank == 0:
         wait([saving.written], timeout=AT_ONCE)
     return saving
@@ -205,6 +216,7 @@ def to_go_on(model: torch.nn.Module, optimizer, reference) -> tuple[dict[str, di
     for name, values in of_optimizer["state"].items():
         state |= {f"{name}/{key}": value for key, value in values.items() if isinstance(value, torch.Tensor)}
         small["state"][name] = {key: value for key, value in values.items() if not isinstance(value, torch.Tensor)}
+    small["tensors"] = list(state)
     return {"model": weights, "optimizer": state, "reference": reference.state_dict()}, small
 
 
@@ -220,13 +232,18 @@ def load_checkpoint(
     if not saved.keys() >= {*plain, "ranks", "optimizer"}:
         raise ValueError(f"resume_from_checkpoint {directory}: another version saved it")
     tensors, _ = to_go_on(model, optimizer, reference)
+    # A parameter that never had a gradient has no moments, which a new optimizer has of all.
+    known = {path: tensors["optimizer"].get(path) for path in saved["optimizer"]["tensors"]}
+    if unknown := [path for path, tensor in known.items() if tensor is None]:
+        raise ValueError(f"resume_from_checkpoint {directory}: the optimizer has no {unknown[0]}: take the one it had")
+    tensors["optimizer"] = known
     _read(directory, tensors, world)  # in place
     values = {name: dict(small) for name, small in saved["optimizer"]["state"].items()}
     for path, tensor in tensors["optimizer"].items():
         name, _, key = path.rpartition("/")
         values[name][key] = tensor
     whole = {"state": values, "param_groups": saved["optimizer"]["param_groups"]}
-    set_optimizer_state_dict(unwrap(model), optimizer, whole)
+    set_optimizer_state_dict(unwrap(model), optimizer, whole, options=StateDictOptions(strict=False))
     for key, each in plain.items():
         each.load_state_dict(saved[key])
     ranks = saved["ranks"]
@@ -241,9 +258,8 @@ def shared_out(states: list[dict], world: World) -> dict:
     """The state for this process of a run that goes on with another number of them: what is the same in all, and the
     sums in the first. Seconds are those of each."""
     sums = {key: sum(each["sums"][key] for each in states) for key in states[0]["sums"]}
-    sums = {key: value if world.rank == 0 else 0.0 for key, value in sums.items()}
-    if "seconds" in sums:
-        sums["seconds"] = sum(each["sums"]["seconds"] for each in states) / len(states)
+    own = {key: value / len(states) for key, value in sums.items() if key in ("seconds", "best_seconds")}
+    sums = {key: value if world.rank == 0 else 0.0 for key, value in sums.items()} | own
     return {**states[0], "sums": sums}
 
 

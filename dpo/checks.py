@@ -18,7 +18,7 @@ from dpo.logprobs import concatenated_forward, forward_in_chunks, forward_kept_p
 from dpo.reference import without_aux_loss
 from dpo.rows import first_line
 from dpo.sampling import prompts_of
-from dpo.sharding import local
+from dpo.sharding import device_of, local
 
 # Nats a token, in float32, of another layout, or of a head in chunks. Of 189 small families the exact ones differ by
 # 2e-5 at most, a window that is one key too wide by 3e-3; SmolLM2, of 30 layers, by 3e-5.
@@ -175,7 +175,7 @@ def layout_error(
     is_quiet, whether no dropout is left, so that it must give the same.
     Raises: ValueError if the model cannot read such rows.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     padded, flat, long = (
         moved(replace(collator, layout=each)(of), device)
         for each, of in (("padded", rows), (layout, rows), (layout, [*company, *rows]))
@@ -360,7 +360,7 @@ def generation_error(model, rows: list[dict], collator: DataCollatorForPreferenc
     Args: rows, tokenised, whose chosen completions it is made to say; collator, of the padded layout.
     Raises: ValueError if the model cannot generate.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     first, *forced = collator.decoder_start_ids or [None]
     said = [[*forced, *row["chosen_input_ids"]] for row in rows]
     steps = min(6, *map(len, said))
@@ -389,7 +389,7 @@ def generation_error(model, rows: list[dict], collator: DataCollatorForPreferenc
 def generates_otherwise(model: torch.nn.Module, rows: list[dict], collator: DataCollatorForPreference) -> str:
     """In words, that a model generates by other logits than it trains; empty where it does not. Args and errors as of
     `generation_error`."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     if (error := generation_error(model, rows, collator)) <= (0.01 if is_exact(model, device) else 1.0):
         return ""
     return f"{type(unwrap(model)).__name__} generates by other logits than it trains (by {error:.2g})"

@@ -327,6 +327,10 @@ class DPOConfig:
         apart = self.eval_strategy == "steps" and min(eval_steps, self.save_steps) >= 1 and self.save_steps % eval_steps
         return [
             (self.bf16 and self.fp16, "bf16 and fp16 exclude each other: keep one"),
+            (
+                self.fsdp and self.ddp_find_unused_parameters,
+                "ddp_find_unused_parameters is of DDP, fsdp finds them anyhow: leave it out",
+            ),
             (self.fp16 and self.fsdp, "fp16 scales the gradients of whole models, not of fsdp's shards: take bf16"),
             (self.fp16 and self.dtype in ("float16", "bfloat16"), "fp16 needs float32 weights: leave out dtype"),
             (

@@ -81,7 +81,7 @@ def lay_out(
     nowhere else. Each process holds all of both, and DDP averages the gradients of the one that trains; or each holds
     a share, laid out by `sharding.shard` with the options that shards has."""
     if shards is not None:
-        return sharding.shard(model, world.device, find_unused_parameters=find_unused_parameters, **shards)
+        return sharding.shard(model, world.device, **shards)
     model.to(world.device)
     if world.size == 1 or not trains:
         return model
@@ -101,8 +101,15 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def let_go(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+    """After the last step: a model in shards may be too large to be gathered beside its moments, no longer needed."""
+    if sharding.is_sharded(model):
+        optimizer.state.clear()
+
+
 def synchronize_gradients(model: torch.nn.Module, now: bool):
-    """Context of a backward pass: gradients are averaged over the processes in a window's last one only."""
+    """Context of a backward pass: copies of a model average gradients over the processes in a window's last one only
+    (shards, to keep none whole, in each)."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not now else nullcontext()
 
 

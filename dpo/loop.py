@@ -427,8 +427,7 @@ def end_saving(run: Run) -> None:
 def tidy(run: Run) -> None:
     """What follows a checkpoint that has been written: in the first process older ones go."""
     if run.world.rank == 0:
-        best = run.state.best and run.state.best["step"]
-        checkpoint.prune_checkpoints(run.output_dir, run.args.save_total_limit, best)
+        checkpoint.prune_checkpoints(run.output_dir, run.args.save_total_limit, run.saving.best)
         note_files(run, "training")
     run.saving = None
 
@@ -436,7 +435,8 @@ def tidy(run: Run) -> None:
 def leave(run: Run, number: int) -> None:
     """What a run does that was told to stop: saves a checkpoint to go on from, says how, exits with 128 + number."""
     end_saving(run)
-    if not (run.output_dir / f"checkpoint-{run.state.step}" / "state.pt").exists():
+    saved = run.output_dir / f"checkpoint-{run.state.step}" / "state.pt"
+    if not distributed.by_first(saved.exists, run.world):
         save(run, whole=True)
         end_saving(run)
     run.bar.close()
@@ -466,6 +466,7 @@ def finish(run: Run) -> None:
     tell_costs(run)
     if args.load_best_model_at_end and run.state.best:
         checkpoint.load_weights(output_dir / f"checkpoint-{run.state.best['step']}", world, run.model)
+    distributed.let_go(run.optimizer, run.model)
     with naming_the_last_good(run):
         if world.rank == 0:
             note_files(run, "training", [files.FINAL])

@@ -125,7 +125,8 @@ def load_empty(
                 model.generation_config = GenerationConfig.from_pretrained(base or name, **where)
         model.places_of_weights = places
         if base is not None:
-            if starts_from_base(PeftConfig.from_pretrained(name, revision=revision)):
+            config = PeftConfig.from_pretrained(name, revision=revision)
+            if starts_from_base(config) or getattr(config, "modules_to_save", None):
                 return None
             with as_if_in_memory(model):
                 model, wrong = add_saved_adapter(model, name, revision, adapter_name or "default")

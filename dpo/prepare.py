@@ -554,13 +554,17 @@ def precompute_reference(run: Run) -> None:
 def pairs_per_step(run: Run, resume: Path | None) -> int:
     """The pairs of an optimizer step. A run that goes on with another number of processes keeps to those that it had:
     the same pairs make up the same steps, in other batches."""
-    own = run.args.per_device_train_batch_size * run.args.gradient_accumulation_steps * run.world.size
+    args, size = run.args, run.world.size
+    own = args.per_device_train_batch_size * args.gradient_accumulation_steps * size
     before = checkpoint.read_state(resume)["same_run"] if resume else {}
-    if before.get("processes", run.world.size) == run.world.size:
-        return own
-    now = f"{before['processes']} processes before, {run.world.size} now"
-    logger.info("%s: the same %d pairs a step, the same numbers but for rounding", now, before["pairs_per_step"])
-    return before["pairs_per_step"]
+    now = {"processes": size} | {option: getattr(args, option) for option in checkpoint.OF_PROCESSES[1:]}
+    if before.get("processes", size) == size and any(before.get(key) != value for key, value in now.items()):
+        return own  # which is then refused
+    kept = before.get("pairs_per_step", own)
+    if before.get("processes", size) != size:
+        words = f"{before['processes']} processes before, {size} now"
+        logger.info("%s: the same %d pairs a step, the same numbers but for rounding and dropout", words, kept)
+    return kept
 
 
 def eyes_in_words(processing_class) -> str:

@@ -14,7 +14,7 @@ from dpo.conversations import tokenizer_of
 from dpo.distributed import World, gather_lists
 from dpo.reference import Reference, without_aux_loss
 from dpo.rows import first_line
-from dpo.sharding import is_sharded
+from dpo.sharding import device_of, is_sharded
 
 
 @torch.no_grad()
@@ -77,7 +77,7 @@ def answers_to(
     """
     tokenizer = tokenizer_of(processing_class)
     collator = DataCollatorForPreference(tokenizer.pad_token_id or 0, read_images=read_images)
-    batch = {key: value.to(next(model.parameters()).device) for key, value in collator(rows).items()}
+    batch = {key: value.to(device_of(model)) for key, value in collator(rows).items()}
     answers, references = generate_from_model_and_ref(model, batch, processing_class, **options)
     samples = []
     for i, row in enumerate(rows):

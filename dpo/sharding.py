@@ -23,7 +23,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-ADDED = r"^base_model\.model\.|\.base_layer(?=\.)|\.original_module(?=\.)|\.modules_to_save\.\w+(?=\.)"  # by PEFT
+ADDED = r"^base_model\.model\.|\.base_layer(?=\.)|\.original_module(?=\.)|\.modules_to_save\.[^.]+(?=\.)"  # by PEFT
 APART = re.compile(r"vision|visual|image|audio")  # parts that a batch may leave out
 
 
@@ -34,14 +34,13 @@ def shard(
     block_names: list[str] | None = None,
     compute_dtype: torch.dtype | None = None,
     offload: bool = False,
-    find_unused_parameters: bool = False,
 ) -> torch.nn.Module:
     """Lays a model out in shards over all processes, in place: first each of its blocks, then the rest with the root.
 
     Args: block_names, classes of what is gathered at a time, by default those that the model itself says must not be
     split; compute_dtype, that parameters travel and compute in, where it is another than they are kept in (gradients
-    are summed in float32); offload, keep the shards in the host's memory; find_unused_parameters, some may have no
-    gradient in one process's batch. Raises: ValueError if no module is of these classes.
+    are summed in float32); offload, keep the shards in the host's memory. A parameter that has no gradient in one
+    process's batch counts as one of zeros. Raises: ValueError if no module is of these classes.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     how = {"mesh": mesh, "reshard_after_forward": True}
@@ -50,11 +49,12 @@ def shard(
     for block in reversed(blocks_of(model, block_names)):  # a block inside another comes first
         fully_shard(block, **how)
     fully_shard(model, **how)
+    empty = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     model._apply(lambda each: on_device(each, torch.device("cpu") if offload else device))
     for module in list(model.modules()):
         if places := vars(module).pop("places_of_weights", None):
-            fill(model, places)
-    model.set_reduce_scatter_unused_params(find_unused_parameters)
+            fill(model, places, empty)
+    model.set_reduce_scatter_unused_params(True)
     if hasattr(model, "generate"):  # which calls the model inside the root's wrappers
         register_fsdp_forward_method(model, "generate")
     return model
@@ -65,6 +65,7 @@ def blocks_of(model: torch.nn.Module, names: list[str] | None = None) -> list[to
     a process that does not gather keeps the others waiting: the eyes stay with the root."""
     own = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
     found = [(path, module) for path, module in model.named_modules() if type(module).__name__ in (names or own)]
+    found = [(path, module) for path, module in found if not APART.search(path)]
     missing = set(names or ()) - {type(module).__name__ for _, module in found}
     if missing or not found:
         kinds = {type(module).__name__ for path, module in model.named_modules() if re.search(r"\.\d+$", path)}
@@ -72,7 +73,7 @@ def blocks_of(model: torch.nn.Module, names: list[str] | None = None) -> list[to
             f"no module of the model is a {min(missing)}" if missing else "the model does not say what its blocks are"
         )
         raise ValueError(f"fsdp_transformer_layer_cls_to_wrap: {what}: name one of {', '.join(sorted(kinds))}")
-    return [module for path, module in found if not APART.search(path)]
+    return [module for _, module in found]
 
 
 def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -89,6 +90,12 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def device_of(model: torch.nn.Module) -> torch.device:
+    """The device that a model computes on, which its shards may be kept off."""
+    first = next(model.parameters())
+    return torch.device(first.device_mesh.device_type) if isinstance(first, DTensor) else first.device
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor, gathered if it is sharded: then every process must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -102,7 +109,7 @@ def gather(named: dict[str, torch.Tensor], *, keep: bool, copy: bool) -> dict[st
     for tensor in {id(tensor): tensor for tensor in named.values()}.values():
         full = whole(tensor.detach())
         if keep:
-            gathered[id(tensor)] = full.to("cpu", copy=copy and not isinstance(tensor, DTensor))
+            gathered[id(tensor)] = full.to("cpu", copy=copy)
     return {name: gathered[id(tensor)] for name, tensor in named.items()} if keep else {}
 
 
@@ -110,19 +117,20 @@ def gather(named: dict[str, torch.Tensor], *, keep: bool, copy: bool) -> dict[st
 
 
 def find_weights(model: torch.nn.Module, files: Iterable[Path]) -> dict[str, tuple[Path, str]] | None:
-    """{parameter: (the safetensors file that has it, its name there)} of a model whose parameters have no memory, a
-    tied one under all its names; None if the files lack one, or have it under another name or in another shape: then
-    it has to be loaded as its family does it."""
+    """{parameter or buffer: (the safetensors file that has it, its name there)} of a model whose parameters have no
+    memory, a tied one under all its names; None if the files lack one, or have one more, under another name or in
+    another shape: then it has to be loaded as its family does it."""
     places, shapes = {}, {}
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 places[name], shapes[name] = path, tuple(file.get_slice(name).get_shape())
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    if any(shapes.get(name) != tuple(parameter.shape) for name, parameter in model.named_parameters()):
+    wanted = model.state_dict(keep_vars=True)
+    names = {id(value): name for name, value in reversed(wanted.items())}  # of a tied one the first
+    fits = all(shapes.get(name) == tuple(wanted[name].shape) for name in names.values())
+    if not fits or not places.keys() <= wanted.keys():
         return None
-    every_name = model.named_parameters(remove_duplicate=False)
-    return {name: (places[names[id(p)]], names[id(p)]) for name, p in every_name}
+    return {name: (places[names[id(value)]], names[id(value)]) for name, value in wanted.items()}
 
 
 @contextmanager
@@ -156,13 +164,23 @@ def as_if_in_memory(model: torch.nn.Module):
 
 
 @torch.no_grad()
-def fill(model: torch.nn.Module, places: dict[str, tuple[Path, str]]) -> None:
+def fill(model: torch.nn.Module, places: dict[str, tuple[Path, str]], empty: set[str]) -> None:
     """Reads this process's rows of each parameter that `find_weights` has found, under whatever adapter the model has
-    got since. Nobody ever holds all of a parameter."""
-    for name, parameter in model.named_parameters():
+    got since, and the buffers. Nobody ever holds all of a parameter. Args: empty, names of those without content.
+    Raises: ValueError if one of them stays so, or a weight is not finite."""
+    filled = set()
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
         path, own = places.get(re.sub(ADDED, "", name), (None, None))
         if path is not None:
             with safe_open(path, framework="pt") as file:
-                rows, mine = file.get_slice(own), local(parameter)
-                start = min(-(-len(parameter) // dist.get_world_size()) * dist.get_rank(), len(parameter))
-                mine.copy_(rows[start : start + len(mine)])
+                if isinstance(value, DTensor):
+                    rows, mine = file.get_slice(own), local(value)
+                    start = min(-(-len(value) // dist.get_world_size()) * dist.get_rank(), len(value))
+                    mine.copy_(rows[start : start + len(mine)])
+                else:
+                    value.copy_(file.get_tensor(own))
+            if not torch.isfinite(local(value)).all():
+                raise ValueError(f"the model is broken: the weights of {own} are not all finite")
+            filled.add(name)
+    if left := empty - filled:
+        raise ValueError(f"{min(left)} of the model is not in its files: leave out fsdp")

@@ -53,6 +53,10 @@ CASES = {
     "dora": {**LORA, "use_dora": True},
     "4 bits": {**LORA, "load_in_4bit": True},
     "trained adapter": {"model": "adapter"},
+    "trained head": {"model": "with-head"},
+    "a name of its own": {**LORA, "lora_modules_to_save": ["lm_head"], "model_adapter_name": "my-own"},
+    "in 16 bits": {"bf16": True, "save_strategy": "epoch"},
+    "of 16 bits": {"dtype": "bfloat16", "save_strategy": "epoch"},
     "cached": {"precompute_ref_log_probs": True, "ref_cache_dir": "cache"},
     "another": {"ref_model_name_or_path": "other"},
     "none": {"loss_type": "simpo"},
@@ -82,9 +86,18 @@ def make_models(folder: Path) -> None:
     for name, model in made.items():
         model.save_pretrained(folder / name)
         make_tokenizer().save_pretrained(folder / name)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    common = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+    lora = LoraConfig(**common)
+    made["bart"].final_logits_bias.normal_(generator=torch.Generator().manual_seed(0))  # a buffer
+    made["bart"].save_pretrained(folder / "bart")
     made["llama"].name_or_path = str(folder / "llama")
     get_peft_model(made["llama"], lora).save_pretrained(folder / "adapter")
+    lora = LoraConfig(**common, modules_to_save=["lm_head"])
+    base = AutoModelForCausalLM.from_pretrained(folder / "llama", dtype="float32")
+    with_head = get_peft_model(base, lora)
+    with torch.no_grad():
+        with_head.base_model.model.lm_head.modules_to_save["default"].weight.add_(0.1)
+    with_head.save_pretrained(folder / "with-head")
     model, processor = see("llava")
     model.save_pretrained(folder / "eyes")
     processor.save_pretrained(folder / "eyes")

@@ -12,7 +12,7 @@ import pytest
 import sharded_runs
 import torch
 from conftest import ROOT, make_model, make_rows, start
-from peft import IA3Config, LoraConfig
+from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, VBLoRAConfig, VeraConfig
 from safetensors.torch import load_file
 from sharded_runs import CASES, KEPT, LORA, SYNCED
 from test_images import see
@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM
 from dpo import checkpoint
 from dpo.adapters import add_adapter, starts_from_base
 from dpo.config import DPOConfig, UserError
-from dpo.distributed import setup
+from dpo.distributed import World, setup
 from dpo.models import load_empty, load_model
+from dpo.prepare import Run, pairs_per_step
 from dpo.sharding import as_if_in_memory, blocks_of, shard, whole
 
 FOUR = ["full", "tied", "rearranged", "sees", "padding_free", "lora", "4 bits", "cached", "synced", "bco", "ranked"]
@@ -72,7 +73,13 @@ def test_a_run_in_shards_is_that_of_one_process(alone, processes):
     names = COMMON if processes == 2 else FOUR
     runs_of(alone, processes, "fsdp", names)
     for name in names:
-        assert_alike(left(alone, f"fsdp-{processes}-{name}"), left(alone, f"alone-1-{name}"))
+        tolerance = 5e-2 if "16 bits" in name else 1e-5
+        rows = left(alone, f"fsdp-{processes}-{name}")
+        assert_alike(rows, left(alone, f"alone-1-{name}"), tolerance=tolerance)
+        if "16 bits" in name:  # gathered in bfloat16, which is not what one process computes, but tried in float32
+            assert rows[0]["rewards/chosen"] == 0 and rows != left(alone, f"alone-1-{name}")
+            layout = torch.load(next((alone / f"fsdp-{processes}-{name}").glob("checkpoint-*")) / "state.pt")
+            assert layout["same_run"]["layout"] == "prefix_shared"
     for name in ("evaluated", "evaluated lora"):  # the same answers, in the same order
         answers = [(alone / f"{how}-{name}" / "samples.jsonl").read_text() for how in ("alone-1", f"fsdp-{processes}")]
         assert answers[0] == answers[1] and answers[0].count("\n") == 10
@@ -183,6 +190,8 @@ def test_a_model_comes_into_shards_from_its_files_without_being_held(folder, one
         ({"init_lora_weights": "pissa"}, True),
         ({"use_dora": True}, True),
         (LoraConfig(), False),
+        (LoraConfig(trainable_token_indices=[1, 2]), True),
+        ({"bias": "all", "modules_to_save": ["lm_head"]}, False),
         (LoraConfig(init_lora_weights="olora"), True),
         (IA3Config(), True),
     ],
@@ -198,6 +207,8 @@ def test_blocks_are_what_the_model_says_or_the_option(one_process):
         blocks_of(model, ["LlamaDecoderLayer", "LlamaBlock"])
     with pytest.raises(ValueError, match="fsdp_transformer_layer_cls_to_wrap: the model does not say"):
         blocks_of(torch.nn.ModuleList([torch.nn.Linear(2, 2)]))
+    with pytest.raises(ValueError, match="no module of the model is a Qwen2VLVisionBlock"):
+        blocks_of(see("qwen2_vl")[0], ["Qwen2VLVisionBlock"])
     model, _ = see("qwen2_vl")
     assert {type(block).__name__ for block in blocks_of(model)} == {"Qwen2VLDecoderLayer"}  # its eyes stay together
 
@@ -208,6 +219,7 @@ def test_blocks_are_what_the_model_says_or_the_option(one_process):
         ({"fp16": True}, "fp16 scales the gradients of whole models"),
         ({"optim": "adamw_8bit"}, "optim adamw_8bit needs whole matrices"),
         ({"optim": "adafactor"}, "optim adafactor needs whole matrices"),
+        ({"ddp_find_unused_parameters": True}, "ddp_find_unused_parameters is of DDP"),
         ({"fsdp_offload": True}, "fsdp_offload does nothing on a CPU"),
         ({"fsdp_transformer_layer_cls_to_wrap": ["Block"]}, "no module of the model is a Block"),
     ],
@@ -262,3 +274,92 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(t
     again = start(tmp_path / "late", resume_from_checkpoint="true", **options)
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("at once", "late"))
     assert again.rows[-1]["step"] == 4 and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_checkpoint_of_shards_is_a_copy_in_one_process_too(folder, tmp_path, one_process, monkeypatch):
+    monkeypatch.setattr("dpo.checkpoint.AT_ONCE", 0)
+    goes_on, write = threading.Event(), checkpoint.write_model
+    monkeypatch.setattr("dpo.checkpoint.write_model", lambda *own: (goes_on.wait(timeout=60), write(*own)))
+    steps = {"rows": make_rows(24), "save_strategy": "steps", "save_steps": 2, "max_steps": 3, "fsdp": "full_shard"}
+    start(tmp_path / "late", str(folder / "llama"), callbacks=[lambda row: row["step"] == 3 and goes_on.set()], **steps)
+    start(tmp_path / "two", str(folder / "llama"), **steps | {"max_steps": 2, "lr_scheduler_type": "constant"})
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("late", "late/checkpoint-2"))
+    assert not all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_parameter_that_never_had_a_gradient_does_not_keep_a_run_from_going_on(tmp_path):
+    class Idle(torch.nn.Module):
+        """A language model, and a layer that nothing reads."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.idle = make_model(), torch.nn.Linear(3, 3)
+
+        def forward(self, **inputs):
+            return self.inner(**inputs)
+
+    options = {"save_strategy": "steps", "save_steps": 2, "rows": make_rows(24)}
+    whole = start(tmp_path, Idle(), **options)
+    shutil.rmtree(tmp_path / "checkpoint-3")
+    again = start(tmp_path, Idle(), resume_from_checkpoint="true", **options)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
+    assert len(again.optimizer.state) == len(list(again.model.parameters())) - 2
+
+
+@pytest.mark.parametrize("kind", [VeraConfig, VBLoRAConfig, IA3Config, LoHaConfig, OFTConfig, AdaLoraConfig])
+def test_adapters_of_all_kinds_are_saved_and_go_on(kind, tmp_path):
+    own = {
+        AdaLoraConfig: {"total_step": 10},
+        VeraConfig: {"r": 4},
+        VBLoRAConfig: {"num_vectors": 8, "vector_length": 4},
+    }
+    own |= {OFTConfig: {"oft_block_size": 4}, IA3Config: {"feedforward_modules": []}}
+    config = kind(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], **own.get(kind, {}))
+    options = {"save_strategy": "steps", "save_steps": 2, "rows": make_rows(24), "seed": 3}
+    make_model().save_pretrained(tmp_path / "base")
+    whole = start(tmp_path / "run", str(tmp_path / "base"), peft_config=config, **options)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-3")
+    again = start(
+        tmp_path / "run", str(tmp_path / "base"), peft_config=config, resume_from_checkpoint="true", **options
+    )
+    assert again.rows[-1]["loss"] == whole.rows[-1]["loss"]
+    left = load_model(str(tmp_path / "run"))
+    trained = {key for key, p in again.model.named_parameters() if p.requires_grad}
+    assert trained and all(torch.equal(left.state_dict()[key], again.model.state_dict()[key]) for key in trained)
+
+
+def test_the_best_of_a_checkpoint_stays_until_a_newer_one_is_there(tmp_path, monkeypatch):
+    """The best is of step 2; step 6 is better, but what would keep it cannot be written."""
+    monkeypatch.setattr("dpo.checkpoint.AT_ONCE", 0)
+    write = checkpoint.write_model
+
+    def fails(directory, *own):
+        if "checkpoint-6" in str(directory):
+            raise OSError("no space left")
+        write(directory, *own)
+
+    monkeypatch.setattr("dpo.checkpoint.write_model", fails)
+    values = iter([3.0, 1.0, 9.0])
+    options = {"eval_strategy": "steps", "eval_steps": 2, "eval_rows": make_rows(3), "save_strategy": "steps"}
+    options |= {"save_steps": 2, "max_steps": 6, "save_total_limit": 1, "load_best_model_at_end": True}
+    options |= {"compute_metrics": lambda _: {"score": next(values)}, "metric_for_best_model": "score"}
+    with pytest.raises(UserError, match="checkpoint-6 could not be written: no space left"):
+        start(tmp_path, rows=make_rows(48), greater_is_better=True, **options)
+    assert {2, 4} <= checkpoint.checkpoints(tmp_path).keys()
+
+
+def test_a_run_that_goes_on_keeps_the_pairs_of_a_step(tmp_path):
+    """Begun by two processes of 4 pairs each, it goes on in one, and once more."""
+    state = {"processes": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "pairs_per_step": 8}
+    for before, processes, expected in (
+        (state, 2, 8),
+        (state, 1, 8),
+        ({**state, "processes": 1}, 1, 8),  # what the run in one has saved
+        ({**state, "processes": 1}, 2, 8),
+        ({**state, "per_device_train_batch_size": 2, "pairs_per_step": 4}, 2, 8),  # another run, which is refused
+    ):
+        torch.save({"same_run": before}, tmp_path / "state.pt")
+        args = DPOConfig(output_dir=str(tmp_path), per_device_train_batch_size=4)
+        run = Run(args, World(0, processes, torch.device("cpu")), tmp_path)
+        assert pairs_per_step(run, tmp_path) == expected
+    assert pairs_per_step(run, None) == 8
