@@ -285,7 +285,7 @@ def _at(directory: Path, world: World) -> dict:
     where = {"checkpoint_id": directory / SHARDS}
     if world.size == 1:
         return where | {"no_dist": True}
-    return where | {"process_group": group_of_threads(dist.group.WORLD)}
+    return where | {"process_group": group_of_threads(dist.group.WORLD, world.timeout)}
 
 
 def check_same_run(directory: Path, same_run: dict) -> dict:

@@ -22,11 +22,12 @@ from dpo import sharding
 
 
 class World(NamedTuple):
-    """Which process this is (rank of size), and the device that it computes on."""
+    """Which process this is (rank of size), the device that it computes on, and how long it waits for another."""
 
     rank: int
     size: int
     device: torch.device
+    timeout: datetime.timedelta | None = None
 
 
 def setup(*, use_cpu: bool = False, backend: str | None = None, timeout: int = 1800, shards: bool = False) -> World:
@@ -46,14 +47,14 @@ def setup(*, use_cpu: bool = False, backend: str | None = None, timeout: int = 1
         backend = backend or (of_devices if gpu else "gloo")
         alone = {} if size > 1 else {"store": dist.TCPStore("localhost", 0, 1, True), "rank": 0, "world_size": 1}
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout), **alone)
-    return World(rank=int(os.environ.get("RANK", 0)), size=size, device=device)
+    return World(int(os.environ.get("RANK", 0)), size, device, datetime.timedelta(seconds=timeout))
 
 
 @cache
-def group_of_threads(_processes: dist.ProcessGroup) -> dist.ProcessGroup:
+def group_of_threads(_processes: dist.ProcessGroup, timeout: datetime.timedelta | None) -> dist.ProcessGroup:
     """A second group of all processes, of their hosts, for what goes on in the background: no collective of the
-    training's may come in between."""
-    return dist.new_group(backend="gloo")
+    training's may come in between. It is as patient: the end of a process waits for its threads."""
+    return dist.new_group(backend="gloo", timeout=timeout)
 
 
 def keep_freed_memory() -> None:

@@ -62,7 +62,14 @@ def whole(folder: Path, way: str) -> Path:
 
 
 def launch(
-    folder: Path, output_dir: str, way: str, *, fault: str = "", torchrun: str = "--standalone", **environment
+    folder: Path,
+    output_dir: str,
+    way: str,
+    *,
+    fault: str = "",
+    torchrun: str = "--standalone",
+    more: str = "",
+    **environment,
 ) -> subprocess.Popen:
     """Starts a run; in shards its checkpoints are written while it goes on. torchrun: how its agents meet."""
     processes, options = WAYS[way]
@@ -73,7 +80,7 @@ def launch(
     path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     log = (folder / f"{output_dir}.log").open("a")
     return subprocess.Popen(
-        [*command, *COMMAND, *options, "--output_dir", output_dir],
+        [*command, *COMMAND, *options, *more.split(), "--output_dir", output_dir],
         cwd=folder, stdout=log, stderr=log, env={**os.environ, **path, **environment},
     )  # fmt: skip
 

@@ -1,11 +1,14 @@
 """Several machines: two torchruns meet on the loopback, one dies and comes back, and the run ends as if none had."""
 
+import os
+import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
-from test_faults import is_as, kill, launch, make_data, wait_for, whole
+from test_faults import is_as, is_at_work, kill, launch, make_data, wait_for, wait_until, whole, workers_of
 
 from dpo.files import run_in
 
@@ -71,3 +74,17 @@ def test_the_machine_where_all_meet_dies(folder):
     assert other.wait(timeout=60) != 0
     host, other = (torchrun(folder, "hosted", port, machine) for machine in (0, 1))
     assert_ends_well(folder, "hosted", host, other)
+
+
+def test_one_that_says_nothing_more_is_given_up(folder):
+    """A machine that loses its power closes no connection; least of all may those wait that write a checkpoint."""
+    job = launch(folder, "silent", WAY, more="--ddp_timeout 5")
+    wait_for_rows(folder / "silent", 1, job)
+    wait_for(lambda: list((folder / "silent").glob("*.unfinished")), job)
+    time.sleep(0.2)  # by now the first one waits, in the background, for the share of the second, and trains on
+    workers = workers_of(job)
+    os.kill(workers[1], signal.SIGSTOP)
+    try:
+        wait_until(lambda: not is_at_work(workers[0]), 30)
+    finally:
+        kill(job)
