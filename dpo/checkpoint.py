@@ -1,5 +1,6 @@
 """checkpoint-N/: the model after N steps and all that a run needs to go on as if it had never stopped."""
 
+import copy
 import logging
 import math
 import random
@@ -70,7 +71,7 @@ def save_model(directory: Path, world: World, model: torch.nn.Module, processing
     were good."""
     weights = exported(model, world, copy=False)
     if world.rank == 0:
-        write_model(directory, model, weights, processing_class)
+        write_model(directory, model, weights, processing_class, adapter=getattr(model, "active_adapter", None))
     barrier(world)
 
 
@@ -94,9 +95,11 @@ def exported(model: torch.nn.Module, world: World, *, copy: bool) -> dict[str, t
     return gather(named, keep=world.rank == 0, copy=copy)
 
 
-def write_model(directory: Path, model: torch.nn.Module, weights: dict[str, torch.Tensor], processing_class) -> None:
-    """Writes a model with the weights that `exported` gave, and its tokenizer."""
-    adapter, own = getattr(model, "active_adapter", None), unwrap(model)
+def write_model(
+    directory: Path, model: torch.nn.Module, weights: dict[str, torch.Tensor], processing_class, *, adapter: str | None
+) -> None:
+    """Writes a model with the weights that `exported` gave, and its tokenizer; of its adapters the one that trains."""
+    own = unwrap(model)
     if isinstance(model, PeftModel):
         model.save_pretrained(directory, state_dict=weights, selected_adapters=[adapter])  # not that of the reference
     elif hasattr(type(own), "save_pretrained"):
@@ -153,11 +156,13 @@ def begin_checkpoint(
     unfinished = by_first(lambda: files.begin_aside(directory), world)
     small = {"optimizer": small, "same_run": same_run, "ranks": gather_lists([own], world)}
     small |= {key: each.state_dict() for key, each in plain.items()}
+    small = copy.deepcopy(small)
+    adapter = getattr(model, "active_adapter", None)  # now: a reference switches to its own for a moment
     shards = dcp.async_save(tensors, **_at(unfinished, world))
 
     def finish() -> None:
         try:
-            write_model(unfinished, model, weights, processing_class)
+            write_model(unfinished, model, weights, processing_class, adapter=adapter)
             if not only_model:
                 torch.save(small, unfinished / "state.pt")
         finally:

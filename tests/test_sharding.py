@@ -254,9 +254,9 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(t
     monkeypatch.setattr("dpo.checkpoint.AT_ONCE", 0)
     goes_on, write, waited = threading.Event(), checkpoint.write_model, []
 
-    def held_up(*arguments):
+    def held_up(*arguments, **options):
         waited.append(goes_on.wait(timeout=60))
-        write(*arguments)
+        write(*arguments, **options)
 
     def let_go(row):
         if row["step"] == 3:
@@ -279,7 +279,9 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(t
 def test_a_checkpoint_of_shards_is_a_copy_in_one_process_too(folder, tmp_path, one_process, monkeypatch):
     monkeypatch.setattr("dpo.checkpoint.AT_ONCE", 0)
     goes_on, write = threading.Event(), checkpoint.write_model
-    monkeypatch.setattr("dpo.checkpoint.write_model", lambda *own: (goes_on.wait(timeout=60), write(*own)))
+    monkeypatch.setattr(
+        "dpo.checkpoint.write_model", lambda *own, **how: (goes_on.wait(timeout=60), write(*own, **how))
+    )
     steps = {"rows": make_rows(24), "save_strategy": "steps", "save_steps": 2, "max_steps": 3, "fsdp": "full_shard"}
     start(tmp_path / "late", str(folder / "llama"), callbacks=[lambda row: row["step"] == 3 and goes_on.set()], **steps)
     start(tmp_path / "two", str(folder / "llama"), **steps | {"max_steps": 2, "lr_scheduler_type": "constant"})
@@ -333,10 +335,10 @@ def test_the_best_of_a_checkpoint_stays_until_a_newer_one_is_there(tmp_path, mon
     monkeypatch.setattr("dpo.checkpoint.AT_ONCE", 0)
     write = checkpoint.write_model
 
-    def fails(directory, *own):
+    def fails(directory, *own, **how):
         if "checkpoint-6" in str(directory):
             raise OSError("no space left")
-        write(directory, *own)
+        write(directory, *own, **how)
 
     monkeypatch.setattr("dpo.checkpoint.write_model", fails)
     values = iter([3.0, 1.0, 9.0])
