@@ -51,9 +51,8 @@ def shard(
     fully_shard(model, **how)
     empty = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     model._apply(lambda each: on_device(each, torch.device("cpu") if offload else device))
-    for module in list(model.modules()):
-        if places := vars(module).pop("places_of_weights", None):
-            fill(model, places, empty)
+    places = [vars(module).pop("places_of_weights", {}) for module in list(model.modules())]
+    fill(model, {name: place for each in places for name, place in each.items()}, empty)
     model.set_reduce_scatter_unused_params(True)
     if hasattr(model, "generate"):  # which calls the model inside the root's wrappers
         register_fsdp_forward_method(model, "generate")
@@ -183,4 +182,6 @@ def fill(model: torch.nn.Module, places: dict[str, tuple[Path, str]], empty: set
                 raise ValueError(f"the model is broken: the weights of {own} are not all finite")
             filled.add(name)
     if left := empty - filled:
-        raise ValueError(f"{min(left)} of the model is not in its files: leave out fsdp")
+        raise ValueError(
+            f"{min(left)} of the model has no values, and no file has them: load it whole, or leave out fsdp"
+        )

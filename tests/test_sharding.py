@@ -200,6 +200,17 @@ def test_an_adapter_that_begins_with_the_bases_weights_needs_them(config, is_fro
     assert starts_from_base(config) == is_from_base
 
 
+def test_a_model_without_values_is_refused(folder, one_process):
+    with torch.device("meta"):
+        model = make_model()
+    with pytest.raises(ValueError, match="of the model has no values, and no file has them"):
+        shard(model, torch.device("cpu"))
+    model = load_empty(str(folder / "llama"))
+    del model.places_of_weights["model.norm.weight"]
+    with pytest.raises(ValueError, match="model.norm.weight of the model has no values"):
+        shard(model, torch.device("cpu"))
+
+
 def test_blocks_are_what_the_model_says_or_the_option(one_process):
     model, names = make_model(), ["LlamaMLP", "LlamaAttention"]
     assert blocks_of(model) == list(model.model.layers) and len(blocks_of(model, names)) == 4
