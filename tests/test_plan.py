@@ -334,14 +334,12 @@ def peaks() -> dict[int, dict[str, list[dict[str, int]]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "checkpoint"])
 def test_each_of_four_processes_keeps_at_most_two_fifths_of_what_one_does(peaks, kind):
-    """From the loading by name on; but for the whole model that the first one has for the export, and no more."""
+    """From the loading by name to the export, for which the first one has the whole model."""
     (one,), four = (peaks[each][kind] for each in (1, 4))
     assert one.keys() == {"loading", "training", "export", *(["checkpoint"] if kind == "checkpoint" else [])}
     most = max(one.values())
-    for rank, own in enumerate(four):
-        exported = own.pop("export")
+    for own in four:
         assert max(own.values()) < 0.4 * most, own
-        assert exported < (0.4 if rank else 0.43) * most, exported
 
 
 @pytest.mark.slow

@@ -178,7 +178,8 @@ for name, model in MODELS.items():
 # share; a base that is put into 4 bits likewise, on its own device (70B are some 40 GiB there until they are cut). A
 # checkpoint is written while training goes on, from copies in the host's memory: each process has one of its shards of
 # what trains, weights and moments, 12 bytes a parameter divided by n, and the first process one of the whole model
-# besides, 4 bytes a parameter, for the files that everybody can load. For the export at the end it has that once more.
+# besides, 4 bytes a parameter, for the files that everybody can load. For the export at the end it has that once more,
+# and the moments are gone by then.
 
 
 # %%
@@ -448,9 +449,9 @@ print("all equal")
 #
 # And a whole run? With `--peaks` the script trains 50 million parameters in float32 and writes down the peak of each
 # process's memory: from the loading by name to the export, with a live reference. `plan` says 1,037 MB for one process
-# and 358 MB for each of four; measured were some 1,090 and 345, less than a third. More is there only while the model
-# is saved: for the export 440 MB in the first process, which then has the whole model; and 575 MB in the first and 425
-# MB in the others while a checkpoint is being written (1,685 MB in the one process).
+# and 358 MB for each of four; measured were some 1,090 and 345, less than a third. The export at the end takes no more,
+# though the first process then has the whole model. More is there only while a checkpoint is being written: 575 MB in
+# the first process and 375 MB in the others (1,685 MB in the one process).
 #
 # ## 5. Where each byte goes
 #
