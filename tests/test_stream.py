@@ -249,8 +249,10 @@ def numbers(rows: list[dict]) -> list[dict]:
     return [{key: value for key, value in row.items() if "per_second" not in key} for row in rows]
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-@pytest.mark.parametrize("cut", [1, 4, 7])
+QUICK, SLOW = [(0, 4), (2, 7)], [(0, 1), (0, 7), (1, 1), (1, 4), (1, 7), (2, 1), (2, 4)]
+
+
+@pytest.mark.parametrize(("workers", "cut"), [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)])
 def test_a_resumed_run_sees_the_same_rows(workers, cut, tmp_path):
     """Blocks of 10 rows and steps of 4: steps lie over two blocks, the eighth ends a pass."""
     jsonl(tmp_path / "a.jsonl", ROWS[:17]), jsonl(tmp_path / "b.jsonl", ROWS[17:])
