@@ -212,17 +212,21 @@ def in_background(work: Callable) -> Future:
 def to_go_on(model: torch.nn.Module, optimizer, reference) -> tuple[dict[str, dict], dict]:
     """(the tensors that a run goes on from, of the model those that training changes, under names that no layout of
     processes changes; what else the optimizer has)."""
-    own = unwrap(model)
-    kept = own.state_dict().keys()
-    weights = {name: p for name, p in own.named_parameters() if p.requires_grad}
-    weights |= {name: buffer for name, buffer in own.named_buffers() if name in kept}
-    of_optimizer = get_optimizer_state_dict(own, optimizer)
+    of_optimizer = get_optimizer_state_dict(unwrap(model), optimizer)
     state, small = {}, {"param_groups": of_optimizer["param_groups"], "state": {}}
     for name, values in of_optimizer["state"].items():
         state |= {f"{name}/{key}": value for key, value in values.items() if isinstance(value, torch.Tensor)}
         small["state"][name] = {key: value for key, value in values.items() if not isinstance(value, torch.Tensor)}
     small["tensors"] = list(state)
-    return {"model": weights, "optimizer": state, "reference": reference.state_dict()}, small
+    return {"model": changing(model), "optimizer": state, "reference": reference.state_dict()}, small
+
+
+def changing(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What training may change of a model, by name: the parameters that train, and the buffers that are saved."""
+    own = unwrap(model)
+    kept = own.state_dict().keys()
+    trained = {name: p for name, p in own.named_parameters() if p.requires_grad}
+    return trained | {name: buffer for name, buffer in own.named_buffers() if name in kept}
 
 
 def load_checkpoint(
@@ -269,10 +273,8 @@ def shared_out(states: list[dict], world: World) -> dict:
 
 
 def load_weights(directory: Path, world: World, model: torch.nn.Module) -> None:
-    """Overwrites what trains of a model with what a checkpoint saved."""
-    own = unwrap(model)
-    trained = {name: p for name, p in own.named_parameters() if p.requires_grad}
-    _read(directory, {"model": trained}, world)
+    """Overwrites what training changes of a model with what a checkpoint saved."""
+    _read(directory, {"model": changing(model)}, world)
 
 
 def _read(directory: Path, tensors: dict, world: World) -> None:

@@ -341,6 +341,28 @@ def test_adapters_of_all_kinds_are_saved_and_go_on(kind, tmp_path):
     assert trained and all(torch.equal(left.state_dict()[key], again.model.state_dict()[key]) for key in trained)
 
 
+def test_the_best_model_has_its_buffers_again(tmp_path):
+    class Counting(torch.nn.Module):
+        """A language model that counts its forward passes in training, as normalisations do."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = make_model()
+            self.register_buffer("passes", torch.zeros(()))
+
+        def forward(self, **inputs):
+            self.passes += self.training
+            return self.inner(**inputs)
+
+    values = iter([1.0, 3.0, 2.0])
+    options = {"eval_strategy": "steps", "eval_steps": 1, "eval_rows": make_rows(3), "save_strategy": "steps"}
+    options |= {"save_steps": 1, "max_steps": 3, "load_best_model_at_end": True, "metric_for_best_model": "score"}
+    options |= {"compute_metrics": lambda _: {"score": next(values)}}
+    run = start(tmp_path, Counting(), rows=make_rows(24), **options)
+    second, last = (load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors")["passes"] for step in (2, 3))
+    assert run.model.passes == second < last
+
+
 def test_the_best_of_a_checkpoint_stays_until_a_newer_one_is_there(tmp_path, monkeypatch):
     """The best is of step 2; step 6 is better, but what would keep it cannot be written."""
     monkeypatch.setattr("dpo.checkpoint.AT_ONCE", 0)
